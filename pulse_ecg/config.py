@@ -1,0 +1,117 @@
+"""Settings from the environment, read once at the start and frozen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from pulse_ecg.errors import ConfigurationError, excerpt
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+ENGINES = ("transformers",)
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator may set.  :meth:`from_env` is the one place that knows the variables' names.
+
+    The commentary key is left out of ``repr`` so that no log of the settings can hold it.
+    """
+
+    model_id: str = "PULSE-ECG/PULSE-7B"
+    model_revision: str = "main"
+    device: str = "auto"
+    dtype: str = "auto"
+    engine: str = "transformers"
+    max_concurrent_requests: int = 8
+    max_queued_requests: int = 64
+    allowed_image_hosts: frozenset[str] | None = None
+    allow_private_image_urls: bool = False
+    commentary_key: str | None = field(default=None, repr=False)
+    commentary_base_url: str = "https://api.deepseek.com"
+    commentary_model: str = "deepseek-flash"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the variables that README.md lists.
+
+        Raises:
+            ConfigurationError: a value cannot be used; the message names the variable.
+        """
+        env = os.environ if environ is None else environ
+
+        def read(name: str, default: T, parse: Callable[[str, str], T]) -> T:
+            text = env.get(name, "").strip()
+            return parse(name, text) if text else default
+
+        return cls(
+            model_id=read("PULSE_MODEL_ID", cls.model_id, _text),
+            model_revision=read("PULSE_MODEL_REVISION", cls.model_revision, _text),
+            device=read("PULSE_DEVICE", cls.device, _device),
+            dtype=read("PULSE_DTYPE", cls.dtype, _one_of(DTYPES)),
+            engine=read("PULSE_ENGINE", cls.engine, _one_of(ENGINES)),
+            max_concurrent_requests=read("PULSE_MAX_CONCURRENT_REQUESTS", cls.max_concurrent_requests, _whole(1, 1024)),
+            max_queued_requests=read("PULSE_MAX_QUEUED_REQUESTS", cls.max_queued_requests, _whole(0, 100_000)),
+            allowed_image_hosts=read("PULSE_ALLOWED_IMAGE_HOSTS", None, _hosts),
+            allow_private_image_urls=read("PULSE_ALLOW_PRIVATE_IMAGE_URLS", False, _flag),
+            commentary_key=env.get("deep_key", "").strip() or env.get("DEEPSEEK_API_KEY", "").strip() or None,
+            commentary_base_url=read("DEEPSEEK_BASE_URL", cls.commentary_base_url, _http_url),
+            commentary_model=read("DEEPSEEK_MODEL", cls.commentary_model, _text),
+        )
+
+
+def _text(name: str, text: str) -> str:
+    if not text.isprintable():
+        raise ConfigurationError(f"{name} holds characters that cannot be printed.")
+    return text
+
+
+def _one_of(accepted: tuple[str, ...]) -> Callable[[str, str], str]:
+    def parse(name: str, text: str) -> str:
+        if text.lower() not in accepted:
+            raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: {', '.join(accepted)}.")
+        return text.lower()
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(name: str, text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+            raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: a whole number from {low} to {high}.")
+        return int(text)
+
+    return parse
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in _TRUE + _FALSE:
+        raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: 0 or 1.")
+    return text.lower() in _TRUE
+
+
+def _device(name: str, text: str) -> str:
+    kind, _, index = text.lower().partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in text and not index.isdecimal()):
+        raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: auto, cpu, cuda or cuda:N.")
+    return text.lower()
+
+
+def _hosts(name: str, text: str) -> frozenset[str]:
+    hosts = frozenset(host.strip().lower().rstrip(".") for host in text.split(",") if host.strip())
+    if not hosts or any("/" in host or " " in host or "*" in host for host in hosts):
+        raise ConfigurationError(f"{name} must be host names separated by commas, such as 'images.example.org'.")
+    return hosts
+
+
+def _http_url(name: str, text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigurationError(f"{name} must be an http or https address such as 'https://api.deepseek.com'.")
+    return text.rstrip("/")

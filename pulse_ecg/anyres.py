@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pulse_ecg.errors import ImageError
-
 Size = tuple[int, int]
 AspectRatio = Literal["anyres", "pad", "square"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
@@ -55,11 +53,10 @@ class ImageTiles:
 def select_resolution(image_size: Size, pinpoints: Sequence[Size]) -> Size:
     """The pinpoint that keeps most of the image's pixels; then the one that wastes least; the first wins a tie.
 
-    Raises:
-        ImageError: the image is so thin that it vanishes in every pinpoint.
+    An image so thin that no pinpoint keeps any of it (3000 x 1) gets the smallest one, as in the official code.
     """
     width, height = image_size
-    best: Size | None = None
+    best = pinpoints[0]
     most_kept, least_wasted = 0, math.inf
     for columns, rows in pinpoints:
         scale = min(columns / width, rows / height)
@@ -67,8 +64,6 @@ def select_resolution(image_size: Size, pinpoints: Sequence[Size]) -> Size:
         wasted = columns * rows - kept
         if kept > most_kept or (kept == most_kept and wasted < least_wasted):
             best, most_kept, least_wasted = (columns, rows), kept, wasted
-    if best is None:
-        raise ImageError(f"The image is {width} x {height} pixels: too thin to be seen by the model. Send the whole ECG.")
     return best
 
 
@@ -129,11 +124,7 @@ def image_grid(image_size: Size, preprocessing: Preprocessing) -> Size | None:
 
 
 def tile_image(image: Image.Image, preprocessing: Preprocessing) -> ImageTiles:
-    """Cut an RGB image into normalised tiles.
-
-    Raises:
-        ImageError: the image is too thin to be tiled.
-    """
+    """Cut an RGB image into normalised tiles."""
     grid = image_grid(image.size, preprocessing)
     tile = preprocessing.tile_size
     if grid is None:
@@ -176,7 +167,8 @@ def _single_tile(image: Image.Image, preprocessing: Preprocessing) -> Image.Imag
 def _normalised(tiles_THWC: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """CLIP's rescale and normalisation by table: a pixel has 256 values, so each is computed once and exactly."""
     values = (np.arange(256) * preprocessing.rescale_factor).astype(np.float32)
-    table_CV = (values - np.float32(preprocessing.mean)[:, None]) / np.float32(preprocessing.std)[:, None]
+    mean_C, std_C = (np.array(constants, np.float32) for constants in (preprocessing.mean, preprocessing.std))
+    table_CV = (values - mean_C[:, None]) / std_C[:, None]
     tiles, height, width, channels = tiles_THWC.shape
     pixels_TCHW = np.empty((tiles, channels, height, width), np.float32)
     for channel in range(channels):

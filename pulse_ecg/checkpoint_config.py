@@ -91,7 +91,7 @@ class CheckpointConfig:
             )
         except CheckpointError:
             raise
-        except (TypeError, ValueError, KeyError, AttributeError, SyntaxError) as error:
+        except Exception as error:  # transformers' config classes validate with exceptions of their own, by version
             raise CheckpointError(f"config.json describes no model that can be built ({type(error).__name__}).") from error
 
 

@@ -97,8 +97,9 @@ def _flag(name: str, text: str) -> bool:
 
 
 def _device(name: str, text: str) -> str:
-    kind, _, index = text.lower().partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in text and not index.isdecimal()):
+    kind, colon, index = text.lower().partition(":")
+    numbered = kind != "auto" and index.isascii() and index.isdigit() and len(index) < 4
+    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (colon and not numbered):
         raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: auto, cpu, cuda or cuda:N.")
     return text.lower()
 
@@ -111,7 +112,11 @@ def _hosts(name: str, text: str) -> frozenset[str]:
 
 
 def _http_url(name: str, text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+    except ValueError:  # brackets that hold no IPv6 address, a port that is no number
+        usable = False
+    if not usable:
         raise ConfigurationError(f"{name} must be an http or https address such as 'https://api.deepseek.com'.")
     return text.rstrip("/")

@@ -27,6 +27,9 @@ address, an object's repr, a traceback, or more than a few characters of what th
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PulseError(Exception):
     """Base of the tree; ``str(error)`` is safe to show to the caller."""
@@ -136,4 +139,18 @@ def excerpt(value: object, limit: int = 24) -> str:
     if isinstance(value, str):
         shown = "".join(c if c.isprintable() else "?" for c in value[:limit])
         return f"'{shown}…'" if len(value) > limit else f"'{shown}'"
-    return {dict: "an object", list: "a list", tuple: "a list", bytes: "bytes"}.get(type(value), "a value of another type")
+    names: dict[type, str] = {dict: "an object", list: "a list", tuple: "a list", bytes: "bytes"}
+    return names.get(type(value), "a value of another type")
+
+
+def nearest_hint(name: object, known: Iterable[str]) -> str:
+    """`` Did you mean '…'?`` for a misspelt name, or nothing; ``topK`` is as near to ``top_k`` as a name can be."""
+    if not isinstance(name, str):
+        return ""
+    plain = {_letters(candidate): candidate for candidate in known}
+    close = difflib.get_close_matches(_letters(name[:64]), plain, n=1, cutoff=0.5)
+    return f" Did you mean '{plain[close[0]]}'?" if close else ""
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()

@@ -33,12 +33,12 @@ class PulseModel(nn.Module):
     def __init__(self, config: CheckpointConfig) -> None:
         super().__init__()
         self.config = config
-        # Parameters on the meta device, buffers (rotary frequencies, position ids) real.
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=True):  # shapes alone: no memory, no time
             self.language_model = LlamaForCausalLM(config.llama)
             self.vision_tower = CLIPVisionModel(copy.deepcopy(config.vision))  # cut below
             self.mm_projector = _projector(config)
             self.image_newline = nn.Parameter(torch.empty(config.llama.hidden_size))
+        self._compute_buffers()
         self.unused_shapes = self._cut_tower()
         self.eval().requires_grad_(False)
 
@@ -91,6 +91,16 @@ class PulseModel(nn.Module):
             return text(ids)[None]
         slot = list(ids).index(IMAGE_TOKEN_INDEX)
         return torch.cat([text(ids[:slot]), image_embeddings, text(ids[slot + 1 :])])[None]
+
+    def _compute_buffers(self) -> None:
+        """Give the buffers, which no checkpoint holds, their values: rotary frequencies and position ids."""
+        decoder = self.language_model.model
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config.llama)
+        embeddings = self.tower_body.get_submodule("embeddings")
+        positions = (int(self.config.vision.image_size) // int(self.config.vision.patch_size)) ** 2 + 1
+        embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+        empty = [name for name, buffer in self.named_buffers() if buffer.is_meta]
+        assert not empty, f"buffers without values: {empty}"
 
     def _cut_tower(self) -> dict[str, torch.Size]:
         """Drop what lies past the used layer; returns the names and shapes that the checkpoint has for it."""

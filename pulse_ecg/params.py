@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pulse_ecg.errors import ConfigurationError, ParameterError, RequestError, excerpt
+from pulse_ecg.errors import ConfigurationError, ParameterError, RequestError, excerpt, nearest_hint
 
 DEFAULTS_FILE = "generation_config.json"
 MAX_STOP_STRINGS = 8
@@ -86,9 +85,7 @@ def load_defaults(folder: Path) -> GenerationParams:
 
 def _unknown(name: object) -> str:
     known = ", ".join(_READERS)
-    close = difflib.get_close_matches(str(name)[:64], _READERS, n=1, cutoff=0.5) if isinstance(name, str) else []
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"Unknown parameter {excerpt(name)}.{hint} Known: {known}."
+    return f"Unknown parameter {excerpt(name)}.{nearest_hint(name, _READERS)} Known: {known}."
 
 
 def _refused(name: str, value: object, accepted: str) -> ParameterError:

@@ -6,14 +6,13 @@ otherwise be answered as a question without an image.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from PIL import Image
 
-from pulse_ecg.errors import PayloadTooLargeError, RequestError, excerpt
+from pulse_ecg.errors import PayloadTooLargeError, RequestError, excerpt, nearest_hint
 from pulse_ecg.images import ImageSource, image_source
 from pulse_ecg.params import GenerationParams
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM, Conversation, Turn
@@ -199,6 +198,5 @@ def _only_one(value: Mapping[object, object], keys: Sequence[str]) -> tuple[str,
 def _refuse_unknown(value: Mapping[object, object], known: Sequence[str], where: str) -> None:
     for key in value:
         if key not in known:
-            close = difflib.get_close_matches(str(key)[:64], known, n=1, cutoff=0.5) if isinstance(key, str) else []
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = nearest_hint(key, known)
             raise RequestError(f"{where} has the unknown key {excerpt(key)}.{hint} Known: {', '.join(known)}.")

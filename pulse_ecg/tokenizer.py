@@ -32,8 +32,9 @@ class Tokenizer:
     def __init__(self, model: bytes, *, legacy: bool, special_ids: frozenset[int] = frozenset()) -> None:
         """``legacy`` is the setting of that name in ``tokenizer_config.json``; ``special_ids`` are left out of text."""
         self._legacy = legacy
-        self._pieces = sentencepiece.SentencePieceProcessor()
-        self._pieces.LoadFromSerializedProto(model if legacy else model + _NO_DUMMY_PREFIX)
+        # Decoding never drops the space that opens a text: tokens decoded one by one must join to the whole.
+        self._pieces = _processor(model + _NO_DUMMY_PREFIX)
+        self._encoder = _processor(model) if legacy else self._pieces
         self._guard_length = len(self._pieces.encode(_GUARD))
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
@@ -75,11 +76,11 @@ class Tokenizer:
         if not text:
             return []
         if self._legacy:
-            return list(self._pieces.encode(text))
+            return list(self._encoder.encode(text))
         text = (_SPACE if prefix else "") + text.replace(_SPACE, " ")
         if not text.startswith((_SPACE, " ")):
-            return list(self._pieces.encode(text))
-        ids = list(self._pieces.encode(_GUARD + text))
+            return list(self._encoder.encode(text))
+        ids = list(self._encoder.encode(_GUARD + text))
         return ids[self._guard_length :] if len(ids) >= self._guard_length else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,3 +96,9 @@ class Tokenizer:
         if self.is_special(token_id) or not self._pieces.is_byte(token_id):
             return None
         return int(self._pieces.id_to_piece(token_id)[1:-1], 16)
+
+
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    return processor

@@ -11,6 +11,20 @@ from PIL import Image, ImageDraw
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
+# Other checkpoints of the same layout: keys of config.json that change the mathematics.
+VARIANTS: dict[str, dict[str, object]] = {
+    "rope_theta": {"rope_theta": 500000.0},
+    "rope_linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "last_layer": {"mm_vision_select_layer": -1},
+    "second_layer": {"mm_vision_select_layer": 2},
+    "with_cls": {"mm_vision_select_feature": "cls_patch"},
+    "pad": {"image_aspect_ratio": "pad"},
+    "square": {"image_aspect_ratio": None},
+    "norm_eps": {"rms_norm_eps": 0.05},
+    "pinpoints": {"image_grid_pinpoints": [[672, 672], [336, 672], [1344, 336]]},
+    "other_eos": {"eos_token_id": 300},
+}
+
 IMAGES = {
     "wide": (1000, 500),
     "panorama": (3000, 1000),
@@ -58,6 +72,12 @@ def generation_cases(merge_type: str) -> list[Case]:
     cases.append(Case("chat-text", chat))
     cases.append(Case("chat-long", (*chat, "Yes.\nNo ST elevation.", QUESTIONS["turkish"]), "tall"))
     return cases
+
+
+def variant_cases() -> list[Case]:
+    """A few for each of :data:`VARIANTS`: enough to notice a key that is not honoured."""
+    cases = [Case(f"{image}-plain", (QUESTIONS["plain"],), image) for image in ("panorama", "tall", "screenshot")]
+    return [*cases, Case("text", (QUESTIONS["turkish"],), None, 1.05, 48)]
 
 
 def draw_image(name: str, folder: Path) -> Path:

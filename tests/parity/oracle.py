@@ -48,7 +48,7 @@ def expectations(checkpoints: dict[str, Path], asked: dict[str, list[cases.Case]
         "texts": cases.tokenizer_texts(),
     }
     text = json.dumps(plan, sort_keys=True)
-    sources = [text.encode(), *(file.read_bytes() for file in sorted(HERE.glob("*.py")))]
+    sources = [text.encode(), (HERE / "official.py").read_bytes()]
     sources += [file.read_bytes() for folder in checkpoints.values() for file in sorted(folder.rglob("*.*"))]
     output = WORK / f"official-{hashlib.sha256(b''.join(sources)).hexdigest()[:16]}"
     if not (output / "answers.json").is_file():  # written last
@@ -60,6 +60,12 @@ def expectations(checkpoints: dict[str, Path], asked: dict[str, list[cases.Case]
     return answers | {"logits": np.load(output / "logits.npz")}
 
 
-def checkpoint(name: str, **options: Any) -> Path:
-    """A random checkpoint that the official code can load too (its tower's folder by an absolute path)."""
-    return build_checkpoint(WORK / name, dtype="float32", tower_path="absolute", tower_weights=True, **options)
+def checkpoint(name: str, *, config: dict[str, Any] | None = None, **options: Any) -> Path:
+    """A random checkpoint that the official code can load too (its tower's folder by an absolute path).
+
+    ``config`` overrides keys of its ``config.json``.
+    """
+    folder = build_checkpoint(WORK / name, dtype="float32", tower_path="absolute", tower_weights=True, **options)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | (config or {})), "utf-8")
+    return folder

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from demo.random_weights import CheckpointShape
 from pulse_ecg.analyzer import EcgAnalyzer
 from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
@@ -22,24 +23,28 @@ from pulse_ecg.images import image_source
 from pulse_ecg.tokenizer import Tokenizer
 from tests.parity import cases, oracle
 
-pytestmark = pytest.mark.parity
+# Time for the official code to be installed and asked; it is asked once.
+pytestmark = [pytest.mark.parity, pytest.mark.timeout(3600)]
 
 REFERENCE = Path(os.environ.get("PULSE_REFERENCE_DIR", oracle.ROOT.parent / "shared" / "pulse-7b"))
 TOKENIZERS = {"demo": oracle.WORK / "flat"} | ({"pulse-7b": REFERENCE} if REFERENCE.is_dir() else {})
 CASES = {name: cases.generation_cases(name) for name in cases.MERGE_TYPES}
+CASES |= {name: cases.variant_cases() for name in cases.VARIANTS} | {"grouped_heads": cases.variant_cases()}
 
 
 @pytest.fixture(scope="module")
 def official() -> Any:
     oracle.WORK.mkdir(parents=True, exist_ok=True)
     folders = {name: oracle.checkpoint(name, merge_type=name) for name in cases.MERGE_TYPES}
+    folders |= {name: oracle.checkpoint(name, config=config) for name, config in cases.VARIANTS.items()}
+    folders["grouped_heads"] = oracle.checkpoint("grouped_heads", shape=CheckpointShape(heads=4, kv_heads=2))
     return oracle.expectations(folders, CASES, TOKENIZERS)
 
 
 @pytest.fixture(scope="module")
 def analyzers(official: Any) -> dict[str, EcgAnalyzer]:
     settings = Settings(device="cpu")
-    return {n: EcgAnalyzer(load_model(oracle.WORK / n, settings), FetchPolicy()) for n in cases.MERGE_TYPES}
+    return {name: EcgAnalyzer(load_model(oracle.WORK / name, settings), FetchPolicy()) for name in CASES}
 
 
 def request_of(case: cases.Case) -> AnalysisRequest:

@@ -1,0 +1,290 @@
+"""Loading: every tensor accounted for, nothing downloaded that is there, nothing kept that is not used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from demo.build_checkpoint import build_checkpoint
+from pulse_ecg import checkpoint
+from pulse_ecg.checkpoint import LoadedModel, load_model
+from pulse_ecg.checkpoint_config import CheckpointConfig
+from pulse_ecg.config import Settings
+from pulse_ecg.errors import CheckpointError, ConfigurationError, PulseError
+
+CPU = Settings(device="cpu")
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.fixture
+def folder(demo_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(demo_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the weights as one file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / checkpoint.INDEX_FILE).unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values), "utf-8")
+
+
+def parameters_of(model: LoadedModel) -> dict[str, torch.Tensor]:
+    return {name: getattr(owner, leaf) for name, owner, leaf, _ in model.network.checkpoint_parameters()}
+
+
+def test_every_stored_tensor_is_in_its_place_or_past_the_used_layer(demo_checkpoint: Path) -> None:
+    model = load_model(demo_checkpoint, CPU)
+    placed = parameters_of(model)
+    for file in demo_checkpoint.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if name in model.network.unused_shapes:
+                assert name.startswith((TOWER + "encoder.layers.3.", TOWER + "post_layernorm."))
+            else:
+                assert torch.equal(placed.pop(name), tensor.float()), name
+    assert not placed
+    assert not any(t.is_meta for t in [*model.network.parameters(), *model.network.buffers()])
+    assert not any(p.requires_grad for p in model.network.parameters())
+
+
+def test_the_tower_ends_with_the_used_layer(demo_checkpoint: Path) -> None:
+    model = load_model(demo_checkpoint, CPU)
+    assert len(model.network.tower_body.get_submodule("encoder.layers")) == 3  # of 4, for the hidden state -2
+
+
+@pytest.mark.parametrize("merge_type", ["flat", "spatial", "spatial_unpad"])
+def test_single_file_and_shards_give_the_same_model(merge_type: str, tmp_path: Path) -> None:
+    one = build_checkpoint(tmp_path / "one", merge_type=merge_type, shards=1)  # type: ignore[arg-type]
+    five = build_checkpoint(tmp_path / "five", merge_type=merge_type, shards=5)  # type: ignore[arg-type]
+    assert not (one / checkpoint.INDEX_FILE).exists()
+    mine, other = parameters_of(load_model(one, CPU)), parameters_of(load_model(five, CPU))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_weights_in_the_towers_own_folder_are_not_used(tmp_path: Path) -> None:
+    plain = build_checkpoint(tmp_path / "plain")
+    stock = build_checkpoint(tmp_path / "stock", tower_weights=True)
+    mine, other = parameters_of(load_model(plain, CPU)), parameters_of(load_model(stock, CPU))
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_weights_have_the_dtype_asked_for(dtype: str, demo_checkpoint: Path) -> None:
+    model = load_model(demo_checkpoint, Settings(device="cpu", dtype=dtype))
+    assert {p.dtype for p in model.network.parameters()} == {getattr(torch, dtype)}
+    assert model.network.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+MISSING = ["lm_head.weight", "model.norm.weight", "model.mm_projector.2.bias", TOWER + "post_layernorm.weight"]
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_tensor_stops_the_start_and_is_named(name: str, folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.__delitem__(name))
+    with pytest.raises(CheckpointError, match=f"lacks '{name}'"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.mm_projector.4.bias", "extra"])
+def test_an_unexpected_tensor_stops_the_start_and_is_named(name: str, folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=f"no place for: '{name}'"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", TOWER + "embeddings.class_embedding", "model.image_newline"])
+def test_a_wrong_shape_stops_the_start_and_is_named(name: str, folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
+    with pytest.raises(CheckpointError, match=rf"'{name}' has the shape \(3, 5\)"):
+        load_model(folder, CPU)
+
+
+def test_computed_buffers_of_older_files_are_no_weights(folder: Path) -> None:
+    old = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        TOWER + "embeddings.position_ids": torch.arange(37)[None],
+    }
+    edit_tensors(folder, lambda tensors: tensors.update(old))
+    load_model(folder, CPU)
+
+
+def test_the_newline_is_needed_by_spatial_unpad_alone(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.__delitem__("model.image_newline"))
+    load_model(folder, CPU)
+    edit_config(folder, mm_patch_merge_type="spatial_unpad")
+    with pytest.raises(CheckpointError, match="image_newline"):
+        load_model(folder, CPU)
+
+
+def test_tied_embeddings_share_one_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.__delitem__("lm_head.weight"))
+    edit_config(folder, tie_word_embeddings=True)
+    model = load_model(folder, CPU).network.language_model
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def damaged_shard(folder: Path, content: bytes | None) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    if content is None:
+        content = shard.read_bytes()[:-100]
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"])
+def test_a_damaged_shard_stops_the_start_and_is_named(content: bytes | None, folder: Path) -> None:
+    damaged_shard(folder, content)
+    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors"):
+        load_model(folder, CPU)
+
+
+def test_a_missing_shard_stops_the_start_and_is_named(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors"):
+        load_model(folder, CPU)
+
+
+def test_an_index_cannot_lead_out_of_the_folder(folder: Path) -> None:
+    (folder / checkpoint.INDEX_FILE).write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    (folder.parent / "secret.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="missing"):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.model"])
+def test_a_missing_file_stops_the_start_and_is_named(file: str, folder: Path) -> None:
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=file):
+        load_model(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"mm_patch_merge_type": "anything"}, "mm_patch_merge_type"),
+        ({"mm_projector_type": "perceiver"}, "mm_projector_type"),
+        ({"mm_vision_select_layer": -9}, "mm_vision_select_layer"),
+        ({"mm_vision_select_feature": "all"}, "mm_vision_select_feature"),
+        ({"mm_vision_tower": "google/siglip"}, "mm_vision_tower"),
+        ({"image_grid_pinpoints": [[336, 500]]}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": "__import__('os')"}, "config.json"),
+        ({"num_attention_heads": "many"}, "config.json"),
+    ],
+)
+def test_a_config_that_fits_no_model_is_refused(values: dict[str, object], named: str, folder: Path) -> None:
+    edit_config(folder, **values)
+    with pytest.raises(CheckpointError, match=named):
+        load_model(folder, CPU)
+
+
+def test_pinpoints_may_be_written_as_text(folder: Path) -> None:
+    edit_config(folder, image_grid_pinpoints="[(336, 672), (672, 336)]")
+    assert CheckpointConfig.from_folder(folder).preprocessing.pinpoints == ((336, 672), (672, 336))
+
+
+def test_a_tower_named_by_hub_id_needs_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    shutil.rmtree(folder / "vision_tower")
+    edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    config = CheckpointConfig.from_folder(folder)
+    vision = config.vision
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 24, 16)
+    assert (vision.intermediate_size, vision.hidden_act, config.patches_per_side) == (4096, "quick_gelu", 24)
+    assert config.tower_layers_used == 23
+
+
+def test_a_folder_without_shards_sends_to_the_hub(
+    folder: Path, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in folder.glob("*.safetensors"):  # config, tokenizer and index stay, as in a repository without weights
+        shard.unlink()
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(demo_checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model = load_model(folder, Settings(device="cpu", model_id="someone/pulse", model_revision="v2"))
+    assert asked == [("someone/pulse", "v2")]
+    assert model.revision == demo_checkpoint.name
+
+
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("secret detail")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="PULSE-ECG/PULSE-7B") as caught:
+        load_model(tmp_path, CPU)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ConfigurationError, match="PULSE_DEVICE"):
+        checkpoint.placement(Settings(device="cuda"))
+
+
+def test_progress_is_shown(demo_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(demo_checkpoint, CPU)
+    assert "Loading weights: 100%" in capfd.readouterr().err
+
+
+def test_nothing_of_the_checkpoint_is_executed(folder: Path) -> None:
+    (folder / "modeling_llava.py").write_text("raise SystemExit('run')")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llava.Model"})
+    load_model(folder, CPU)
+
+
+def test_startup_errors_are_of_our_tree(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(PulseError):
+        load_model(tmp_path, CPU)
+
+
+def test_reference_names_are_the_ones_that_are_read() -> None:
+    """PULSE-7B's own weight index, where it is at hand: the network at true size wants exactly its tensors."""
+    reference = Path(__file__).parents[2] / "shared" / "pulse-7b"
+    if not reference.is_dir():
+        pytest.skip("the reference files are not here")
+    from pulse_ecg.model import PulseModel
+
+    network = PulseModel(CheckpointConfig.from_folder(reference))
+    wanted = {name for name, *_ in network.checkpoint_parameters()} | set(network.unused_shapes)
+    index = json.loads((reference / checkpoint.INDEX_FILE).read_text("utf-8"))
+    assert wanted == set(index["weight_map"])
+    size = sum(shape.numel() for *_, shape in network.checkpoint_parameters())
+    size += sum(shape.numel() for shape in network.unused_shapes.values())
+    assert 2 * size == index["metadata"]["total_size"]
+
+
+def test_safetensors_are_mapped_not_copied_where_the_dtype_fits(tmp_path: Path) -> None:
+    """On the CPU, weights of the files' own dtype are the files' pages: no second copy in memory."""
+    folder = build_checkpoint(tmp_path / "f32", dtype="float32", shards=1)
+    model = load_model(folder, CPU)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), model.network.language_model.lm_head.weight)
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        assert "model.safetensors" in maps.read_text()

@@ -25,18 +25,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-from demo.build_checkpoint import build_checkpoint
+from demo.build_checkpoint import DType, build_checkpoint
 from demo.random_weights import CheckpointShape
 
 WORK = Path(__file__).resolve().parents[1] / "build" / "bench"
 # About 1 GB as float16 or bfloat16, half of it in one embedding-sized tensor pair as in the real model.
 SHAPE = CheckpointShape(
-    layers=16, hidden=1536, heads=24, kv_heads=24, intermediate=4096, vision_layers=8, vision_hidden=512, vision_heads=8,
-    vision_intermediate=2048, patch_size=14, vocab=32_000,
+    layers=16,
+    hidden=1536,
+    heads=24,
+    kv_heads=24,
+    intermediate=4096,
+    vision_layers=8,
+    vision_hidden=512,
+    vision_heads=8,
+    vision_intermediate=2048,
+    patch_size=14,
+    vocab=32_000,
 )
 
 
-def checkpoint(dtype: str) -> Path:
+def checkpoint(dtype: DType) -> Path:
     """The checkpoint, built once."""
     folder = WORK / f"loading-{dtype}"
     if not (folder / "model.safetensors.index.json").is_file():

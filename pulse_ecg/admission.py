@@ -15,9 +15,15 @@ class Admission:
     def __init__(self, concurrent: int, queued: int) -> None:
         """Both count requests, whatever their number of inputs."""
         self._places = Semaphore(concurrent)
+        self._concurrent = concurrent
         self._capacity = concurrent + queued
         self._present = 0
         self._lock = Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place now."""
+        return max(0, self._present - self._concurrent)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

@@ -23,6 +23,8 @@ class PreparedRequest:
     prompt: EncodedPrompt
     timings: dict[str, float]
     """Seconds by stage: ``image_fetch``, ``image_decode``, ``preprocess``."""
+    image_bytes: int = 0
+    """Size of the image file; 0 without one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class EcgAnalyzer:
             PromptTooLongError: prompt and image leave no room for an answer.
         """
         timings: dict[str, float] = {}
-        image = self._image_prompt(request.image, timings) if request.image is not None else None
+        image, size = self._image_prompt(request.image, timings) if request.image is not None else (None, 0)
         ids = prompt_ids(
             request.conversation,
             with_image=image is not None,
@@ -62,7 +64,7 @@ class EcgAnalyzer:
         )
         prompt = EncodedPrompt(ids, image)
         self._generator.room(prompt)
-        return PreparedRequest(request, prompt, timings)
+        return PreparedRequest(request, prompt, timings, size)
 
     def stream(self, prepared: PreparedRequest, *, cancel: Event | None = None) -> AnswerStream:
         """The answer as it comes into being."""
@@ -73,30 +75,33 @@ class EcgAnalyzer:
         generation = self._generator.generate(prepared.prompt, prepared.request.params, cancel=cancel)
         spent = generation.timings
         timings = {**prepared.timings, "vision": spent.vision, "prefill": spent.prefill, "decode": spent.decode}
-        return Analysis(
-            generation.text, prepared.request.conversation.question, generation, prepared.prompt, timings
-        )
+        return Analysis(generation.text, prepared.request.conversation.question, generation, prepared.prompt, timings)
 
     def analyze(self, request: AnalysisRequest, *, cancel: Event | None = None) -> Analysis:
         """:meth:`prepare` and :meth:`answer` in one."""
         return self.answer(self.prepare(request), cancel=cancel)
 
-    def _image_prompt(self, source: ImageSource, timings: dict[str, float]) -> ImagePrompt:
-        lap = _Lap(timings)
+    def _image_prompt(self, source: ImageSource, timings: dict[str, float]) -> tuple[ImagePrompt, int]:
+        lap, size = _Lap(timings), 0
         if isinstance(source, DecodedImage):
             image = load_image(source, self._policy)
         else:
             data = image_bytes(source, self._policy)
+            size = len(data)
             lap("image_fetch")
             image = decode_image(data)
         lap("image_decode")
         config = self.model.config
         tiles = tile_image(image, config.preprocessing)
         order = merge_order(
-            config.merge_type, grid=tiles.grid, side=config.patches_per_side, image_size=tiles.image_size
+            config.merge_type,
+            grid=tiles.grid,
+            side=config.patches_per_side,
+            image_size=tiles.image_size,
+            keep_cls=config.keep_cls,
         )
         lap("preprocess")
-        return ImagePrompt(tiles, order)
+        return ImagePrompt(tiles, order), size
 
 
 class _Lap:

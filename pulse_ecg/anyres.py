@@ -77,23 +77,24 @@ def fitted_size(image_size: Size, resolution: Size) -> Size:
     return min(math.ceil(width * scale_h), columns), rows
 
 
-def merge_order(merge_type: MergeType, *, grid: Size | None, side: int, image_size: Size) -> NDArray[np.int64]:
+def merge_order(
+    merge_type: MergeType, *, grid: Size | None, side: int, image_size: Size, keep_cls: bool = False
+) -> NDArray[np.int64]:
     """The order in which patch features enter the prompt.
 
     Args:
         grid: of tiles without the overview; None for an image that was not tiled.
         side: patches along an edge of a tile.
         image_size: of the original image.
+        keep_cls: whether each tile has a class feature before its patches (``flat`` alone).
 
     Returns:
         Indices into the ``tiles x side**2`` patch features, tile after tile; :data:`NEWLINE` stands for the learnt
         newline.  Its length is the number of image tokens.
     """
-    if grid is None:
-        return np.arange(side * side)
-    columns, rows = grid
-    if merge_type == "flat":
-        return np.arange((1 + columns * rows) * side * side)
+    columns, rows = grid or (0, 0)
+    if grid is None or merge_type == "flat":
+        return np.arange((1 + columns * rows) * (side * side + keep_cls))
     overview = np.arange(side * side)
     patches = np.arange(side * side, (1 + columns * rows) * side * side)
     # Tiles side by side make one large sheet of patches, read row by row.

@@ -39,6 +39,15 @@ class LoadedModel:
     dtype: torch.dtype
     revision: str
 
+    def device_memory(self) -> dict[str, float]:
+        """Bytes on the model's GPU by kind; empty without one."""
+        if self.device.type != "cuda":
+            return {}
+        return {
+            "allocated": torch.cuda.memory_allocated(self.device),
+            "reserved": torch.cuda.memory_reserved(self.device),
+        }
+
 
 def load_model(path: str | Path, settings: Settings) -> LoadedModel:
     """Load the checkpoint at ``path``, or the one that the settings name if ``path`` holds no weights.
@@ -57,9 +66,11 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
     _check(network, stored)
     _assign(network, files, device=device, dtype=dtype)
     if config.llama.tie_word_embeddings:
-        network.language_model.lm_head.weight = network.language_model.get_input_embeddings().weight
+        network.language_model.lm_head.weight = network.embed_tokens.weight
     network.to(device)  # buffers; the parameters are there already
-    logger.info("Loaded %s: %d tensors from %d files onto %s as %s.", config.name, len(stored), len(files), device, dtype)
+    logger.info(
+        "Loaded %s: %d tensors from %d files onto %s as %s.", config.name, len(stored), len(files), device, dtype
+    )
     return LoadedModel(network, tokenizer, config, device, dtype, revision)
 
 
@@ -85,7 +96,7 @@ def locate(path: Path, settings: Settings) -> tuple[Path, str]:
         return path, "local"
     if Path(settings.model_id).is_dir():
         return Path(settings.model_id), "local"
-    from huggingface_hub import snapshot_download  # only here: a local start needs no hub client
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - a local start needs no hub client
 
     logger.info("No weights beside the handler; loading %s at %s.", settings.model_id, settings.model_revision)
     try:
@@ -116,7 +127,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{INDEX_FILE} has no weight_map.")
         names = sorted({str(name) for name in weight_map.values()})
     else:
-        names = [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else sorted(f.name for f in folder.glob("*.safetensors"))
+        names = (
+            [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else sorted(f.name for f in folder.glob("*.safetensors"))
+        )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint's weight file '{name[:80]}' is missing.")
@@ -131,7 +144,7 @@ def _stored_shapes(files: Sequence[Path]) -> dict[str, torch.Size]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
+                for name in list(shard.keys()):
                     if name in shapes:
                         raise CheckpointError(f"Tensor '{name}' is in two weight files.")
                     shapes[name] = torch.Size(shard.get_slice(name).get_shape())

@@ -17,16 +17,16 @@ from pulse_ecg.errors import CheckpointError, excerpt
 DEFAULT_MODEL_NAME = "PULSE-7B"
 
 _LLAMA_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling attention_bias mlp_bias "
-    "tie_word_embeddings bos_token_id eos_token_id"
-).split()
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
+    *("rope_scaling", "attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
 # Public architecture of the towers that LLaVA checkpoints name by hub id; the weights are in the checkpoint.
 _KNOWN_TOWERS: Mapping[str, Mapping[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {"image_size": 336},
     "openai/clip-vit-large-patch14": {"image_size": 224},
 }
-_VIT_L_14 = {
+_VIT_L_14: Mapping[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -60,7 +60,7 @@ class CheckpointConfig:
     @property
     def patches_per_side(self) -> int:
         """Patches along an edge of a tile."""
-        return int(self.vision.image_size) // int(self.vision.patch_size)
+        return cast(int, self.vision.image_size) // cast(int, self.vision.patch_size)
 
     @classmethod
     def from_folder(cls, folder: Path) -> CheckpointConfig:
@@ -78,7 +78,7 @@ class CheckpointConfig:
         try:
             llama = LlamaConfig(**{key: raw[key] for key in _LLAMA_KEYS if raw.get(key) is not None})
             vision, processor = _tower(folder, str(raw.get("mm_vision_tower", "")))
-            return cls(
+            config = cls(
                 llama=llama,
                 vision=vision,
                 preprocessing=_preprocessing(raw, vision, processor),
@@ -89,10 +89,17 @@ class CheckpointConfig:
                 eos_ids=_eos_ids(folder, raw),
                 name=str(raw.get("pulse_model_name") or DEFAULT_MODEL_NAME),
             )
+            if config.keep_cls and config.merge_type != "flat":
+                raise CheckpointError(
+                    "config.json: mm_vision_select_feature 'cls_patch' needs mm_patch_merge_type 'flat'."
+                )
+            return config
         except CheckpointError:
             raise
         except Exception as error:  # transformers' config classes validate with exceptions of their own, by version
-            raise CheckpointError(f"config.json describes no model that can be built ({type(error).__name__}).") from error
+            raise CheckpointError(
+                f"config.json describes no model that can be built ({type(error).__name__})."
+            ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -131,7 +138,7 @@ _CLIP_KEYS = frozenset({*_VIT_L_14, "image_size", "num_channels", "attention_dro
 
 
 def _preprocessing(raw: Mapping[str, Any], vision: CLIPVisionConfig, processor: Mapping[str, Any]) -> Preprocessing:
-    tile = int(vision.image_size)
+    tile = cast(int, vision.image_size)
     sizes = {_edge(processor.get("size", tile)), _edge(processor.get("crop_size", tile)), tile}
     if sizes != {tile}:
         raise CheckpointError(f"The tower sees {tile} pixels a side, its preprocessor_config.json says otherwise.")
@@ -180,7 +187,9 @@ def _eos_ids(folder: Path, raw: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def _one_of(raw: Mapping[str, Any], key: str, *accepted: Literal["flat", "spatial", "spatial_unpad", "patch", "cls_patch"]) -> str:
+def _one_of(
+    raw: Mapping[str, Any], key: str, *accepted: Literal["flat", "spatial", "spatial_unpad", "patch", "cls_patch"]
+) -> str:
     value = raw.get(key, accepted[0])
     if value not in accepted:
         raise CheckpointError(f"config.json: {key} is {excerpt(value)}; supported: {', '.join(accepted)}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
@@ -156,7 +156,7 @@ class AnswerStream:
         """End the answer now and free what it holds on the device."""
         self._steps.close()
 
-    def _run(self) -> Iterator[Step]:
+    def _run(self) -> Generator[Step, None, None]:
         model, params = self._model, self._params
         sampler = Sampler(
             params,
@@ -215,14 +215,16 @@ class AnswerStream:
 
     @torch.inference_mode()
     def _token_embedding(self, chosen: Tensor) -> Tensor:
-        return self._model.network.language_model.get_input_embeddings()(chosen)[None]
+        embedding: Tensor = self._model.network.embed_tokens(chosen)[None]
+        return embedding
 
     @torch.inference_mode()
     def _forward(self, embeddings_1LD: Tensor, cache: DynamicCache) -> Tensor:
         """Logits of the last position; the cache grows by the positions given."""
         language_model = self._model.network.language_model
         hidden = language_model.model(inputs_embeds=embeddings_1LD, past_key_values=cache, use_cache=True)
-        return language_model.lm_head(hidden.last_hidden_state[0, -1])
+        logits_V: Tensor = language_model.lm_head(hidden.last_hidden_state[0, -1])
+        return logits_V
 
     def _cancelled(self) -> bool:
         return self._cancel is not None and self._cancel.is_set()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from typing import ClassVar
 
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
@@ -67,6 +68,7 @@ class UrlImage:
     """An image to be fetched.  Like its siblings it shows nothing of its content in ``repr``."""
 
     url: str = field(repr=False)
+    kind: ClassVar[str] = "url"
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,18 @@ class EncodedImage:
 
     data: str = field(repr=False)
 
+    @property
+    def kind(self) -> str:
+        """``data_uri`` or ``base64``."""
+        return "data_uri" if self.data[:5].lower() == "data:" else "base64"
+
 
 @dataclass(frozen=True)
 class DecodedImage:
     """A PIL image; it is never changed."""
 
     image: Image.Image = field(repr=False)
+    kind: ClassVar[str] = "pil"
 
 
 ImageSource = UrlImage | EncodedImage | DecodedImage

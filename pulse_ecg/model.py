@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
@@ -43,6 +44,11 @@ class PulseModel(nn.Module):
         self.eval().requires_grad_(False)
 
     @property
+    def embed_tokens(self) -> nn.Embedding:
+        """The language model's table of token embeddings."""
+        return cast(nn.Embedding, self.language_model.get_input_embeddings())
+
+    @property
     def tower_body(self) -> nn.Module:
         """Holds ``embeddings``, ``encoder`` and the norms: transformers 4 nests it, transformers 5 does not."""
         body = getattr(self.vision_tower, "vision_model", self.vision_tower)
@@ -67,10 +73,11 @@ class PulseModel(nn.Module):
 
         Source: ``CLIPVisionTower.feature_select`` and ``encode_images`` of LLaVA.
         """
-        weight = self.language_model.get_input_embeddings().weight
+        weight = self.embed_tokens.weight
         hidden = self.vision_tower(pixels_TCHW.to(weight.device, weight.dtype)).last_hidden_state
         features_TPV = hidden if self.config.keep_cls else hidden[:, 1:]
-        return self.mm_projector(features_TPV)  # type: ignore[no-any-return]
+        features_TPD: Tensor = self.mm_projector(features_TPV)
+        return features_TPD
 
     def merge(self, features_TPD: Tensor, order: Tensor) -> Tensor:
         """The image's embeddings ``(tokens, D)`` in the order of :func:`pulse_ecg.anyres.merge_order`."""
@@ -81,11 +88,11 @@ class PulseModel(nn.Module):
 
     def embed(self, ids: Sequence[int], image_embeddings: Tensor | None) -> Tensor:
         """Embeddings of a prompt, ``(1, L, D)``: the image's stand where its slot is in ``ids``."""
-        table = self.language_model.get_input_embeddings()
-        device = table.weight.device
+        table = self.embed_tokens
 
         def text(part: Sequence[int]) -> Tensor:
-            return table(torch.tensor(part, dtype=torch.long, device=device))
+            embeddings: Tensor = table(torch.tensor(part, dtype=torch.long, device=table.weight.device))
+            return embeddings
 
         if image_embeddings is None:
             return text(ids)[None]
@@ -97,7 +104,7 @@ class PulseModel(nn.Module):
         decoder = self.language_model.model
         decoder.rotary_emb = type(decoder.rotary_emb)(config=self.config.llama)
         embeddings = self.tower_body.get_submodule("embeddings")
-        positions = (int(self.config.vision.image_size) // int(self.config.vision.patch_size)) ** 2 + 1
+        positions = self.config.patches_per_side**2 + 1
         embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
         empty = [name for name, buffer in self.named_buffers() if buffer.is_meta]
         assert not empty, f"buffers without values: {empty}"

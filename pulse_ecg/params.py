@@ -58,7 +58,9 @@ class GenerationParams:
         if given is None:
             return self
         if not isinstance(given, Mapping):
-            raise RequestError(f"'parameters' must be an object such as {{\"max_new_tokens\": 256}}, not {excerpt(given)}.")
+            raise RequestError(
+                f"'parameters' must be an object such as {{\"max_new_tokens\": 256}}, not {excerpt(given)}."
+            )
         for name in given:
             if name not in _READERS:
                 raise ParameterError(_unknown(name))

@@ -51,9 +51,7 @@ class Conversation:
         return self.turns[-1].text
 
 
-def prompt_ids(
-    conversation: Conversation, *, with_image: bool, tokenizer: Tokenizer, context_length: int
-) -> list[int]:
+def prompt_ids(conversation: Conversation, *, with_image: bool, tokenizer: Tokenizer, context_length: int) -> list[int]:
     """Token ids of the prompt: BOS first, :data:`IMAGE_TOKEN_INDEX` once in the first user turn if ``with_image``.
 
     Each stretch of text is tokenised on its own, so the text after the image opens with a prefix of its own and the

@@ -23,7 +23,7 @@ MAX_BATCH = 64
 _QUESTION_KEYS = ("query", "text", "prompt")
 _IMAGE_KEYS = ("image", "image_url", "image_base64")
 
-RequestForm = Literal["text", "query", "chat", "image"]
+RequestForm = Literal["text", "object", "chat", "image"]
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,36 @@ def parse_input(value: object, params: GenerationParams) -> AnalysisRequest:
 
 
 def _text_request(question: str, params: GenerationParams) -> AnalysisRequest:
-    if question.lstrip()[:11].lower() == "data:image/":
-        raise RequestError("'inputs' is an image without its key. Send {\"image\": \"data:image/…\"} as 'inputs'.")
+    if _looks_like_an_image(question):
+        raise RequestError(
+            '\'inputs\' looks like an image, not a question. Send it under its key: {"inputs": {"image": …}}.'
+        )
     if not question.strip():
         raise RequestError("'inputs' is an empty question.")
     return AnalysisRequest(_single(_readable(question, "'inputs'")), None, params, "text")
 
 
+def _looks_like_an_image(text: str) -> bool:
+    """Whether a bare string is a URL, a data URI or base64: answered as a question, it would be without its image."""
+    text = text.strip()
+    if any(character.isspace() for character in text):
+        return False
+    return text.lower().startswith(("http://", "https://", "data:image/")) or (text.isascii() and len(text) > 500)
+
+
 def _query_request(value: Mapping[object, object], params: GenerationParams) -> AnalysisRequest:
     _refuse_unknown(value, (*_QUESTION_KEYS, *_IMAGE_KEYS, "messages"), "'inputs'")
     image_key, image = _only_one(value, _IMAGE_KEYS)
-    question_key, question = _only_one(value, _QUESTION_KEYS)
+    spoken = {key: text for key, text in value.items() if not (isinstance(text, str) and not text.strip())}
+    question_key, question = _only_one(spoken, _QUESTION_KEYS)
     if question is not None and not isinstance(question, str):
         raise RequestError(f"'{question_key}' must be a string, not {excerpt(question)}.")
     source = image_source(image) if image_key else None
-    if question is None or not question.strip():
+    if question is None:
         if source is None:
             raise RequestError("'inputs' holds neither a question ('query') nor an image ('image').")
         question = DEFAULT_QUESTION
-    return AnalysisRequest(_single(_readable(question, f"'{question_key}'")), source, params, "query")
+    return AnalysisRequest(_single(_readable(question, f"'{question_key}'")), source, params, "object")
 
 
 def _chat_request(value: Mapping[object, object], params: GenerationParams) -> AnalysisRequest:
@@ -119,7 +130,9 @@ def _chat_request(value: Mapping[object, object], params: GenerationParams) -> A
         images += found
         if role in ("system", "developer"):
             if index:
-                raise RequestError(f"messages[{index}] has the role '{role}', which is accepted in the first message alone.")
+                raise RequestError(
+                    f"messages[{index}] has the role '{role}', which is accepted in the first message alone."
+                )
             system = text
             continue
         expected: Literal["user", "assistant"] = "assistant" if len(turns) % 2 else "user"
@@ -148,7 +161,9 @@ def _message(message: object, where: str) -> tuple[str, str, list[ImageSource]]:
     if isinstance(content, str):
         return str(role), _readable(content, where), []
     if not isinstance(content, (list, tuple)):
-        raise RequestError(f"{where} must have a 'content' that is a string or a list of parts, not {excerpt(content)}.")
+        raise RequestError(
+            f"{where} must have a 'content' that is a string or a list of parts, not {excerpt(content)}."
+        )
     texts, images = list[str](), list[ImageSource]()
     for number, part in enumerate(content):
         found = _part(part, f"{where}.content[{number}]")
@@ -169,7 +184,7 @@ def _part(part: object, where: str) -> str | ImageSource:
         link = part.get("image_url")
         return image_source(link.get("url") if isinstance(link, Mapping) else link)
     raise RequestError(
-        f"{where} has the type {excerpt(kind)}; accepted: {{\"type\": \"text\", \"text\": …}} and "
+        f'{where} has the type {excerpt(kind)}; accepted: {{"type": "text", "text": …}} and '
         '{"type": "image_url", "image_url": {"url": …}}.'
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -19,7 +21,7 @@ class Sampler:
     """Chooses one answer's tokens; keeps what was chosen, for the repetition penalty, and the random state.
 
     The penalty counts generated tokens alone: the official code generates from embeddings, so the prompt's tokens
-    are never seen by it.  What it does see first is a BOS that ``generate`` puts there for want of ids; that one counts.
+    are never seen by it.  What it does see first is a BOS that ``generate`` starts from for want of ids: that counts.
     Order as in transformers: penalty, temperature, top-k, top-p.
     """
 
@@ -47,7 +49,8 @@ class Sampler:
         Args:
             logits_V: of the last position, any float dtype.
         """
-        scores = self._processors(self._seen[:, : self._count], logits_V[None].float())
+        seen = cast(LongTensor, self._seen[:, : self._count])
+        scores = self._processors(seen, cast(FloatTensor, logits_V[None].float()))
         if self._greedy:
             token = scores.argmax(dim=-1)
         else:

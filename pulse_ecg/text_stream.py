@@ -19,8 +19,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._longest_stop = max((len(s) for s in self._stop), default=0)
+        self._stop = [_StopString(string) for string in stop]
         self._held_bytes: list[int] = []  # ids of byte tokens that are no whole character yet
         self._text = ""  # decoded so far and not shown yet
         self._shown_any = False
@@ -39,12 +38,13 @@ class TextStream:
         return self._advance(self._flush_bytes(), last=True)
 
     def _advance(self, characters: str, *, last: bool) -> str:
-        searched = max(0, len(self._text) - self._longest_stop + 1)
-        self._text += characters
-        cut = self._first_stop(searched)
-        if cut is not None:
-            self.stopped = True
-            self._text, last = self._text[:cut], True
+        for character in characters:
+            self._text += character
+            completed = [len(stop) for stop in self._stop if stop.push(character)]
+            if completed:
+                self.stopped = last = True
+                self._text = self._text[: -max(completed)]
+                break
         ready = len(self._text.rstrip()) if last else self._ready_length()
         shown, self._text = self._text[:ready], self._text[ready:]
         if not self._shown_any:
@@ -80,17 +80,31 @@ class TextStream:
         ids, self._held_bytes = self._held_bytes, []
         return self._tokenizer.decode(ids) if ids else ""
 
-    def _first_stop(self, start: int) -> int | None:
-        """Where the text is to be cut, or None."""
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop, start)) >= 0]
-        return min(found)[1] if found else None
-
     def _ready_length(self) -> int:
         """How much can no longer be cut: all but a possible beginning of a stop string and trailing white space."""
-        ready = len(self._text)
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._text)), 0, -1):
-                if self._text.endswith(stop[:length]):
-                    ready = min(ready, len(self._text) - length)
-                    break
-        return len(self._text[:ready].rstrip())
+        held = max((stop.matched for stop in self._stop), default=0)
+        return len(self._text[: len(self._text) - held].rstrip())
+
+
+class _StopString:
+    """Follows a text character by character at constant cost, however long the stop string (Knuth, Morris, Pratt)."""
+
+    def __init__(self, string: str) -> None:
+        self._string = string
+        self._borders = [0]  # of each beginning: the longest shorter one that it ends with; filled as far as needed
+        self.matched = 0  # how long a beginning of the stop string the text ends with
+
+    def __len__(self) -> int:
+        return len(self._string)
+
+    def push(self, character: str) -> bool:
+        """Whether the stop string is complete; nothing may be pushed after that."""
+        self.matched = self._longer(self.matched, character)
+        if self.matched > len(self._borders):
+            self._borders.append(self._longer(self._borders[-1], character))
+        return self.matched == len(self._string)
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self._string[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self._string[matched] == character)

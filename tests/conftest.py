@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("project")
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random checkpoint in the real layout."""
-    from demo.build_checkpoint import build_checkpoint  # noqa: PLC0415
+    from demo.build_checkpoint import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "demo")
 
@@ -43,7 +43,7 @@ def demo_tokenizer(demo_checkpoint: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def handler(demo_checkpoint: Path) -> EndpointHandler:
     """A handler on the demo checkpoint, on CPU, without a commentary key or any other setting of the environment."""
-    from handler import EndpointHandler  # noqa: PLC0415
+    from handler import EndpointHandler
 
     with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith(("PULSE_", "DEEPSEEK_")) or n == "deep_key"]:

@@ -109,7 +109,9 @@ def test_an_unexpected_tensor_stops_the_start_and_is_named(name: str, folder: Pa
         load_model(folder, CPU)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", TOWER + "embeddings.class_embedding", "model.image_newline"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", TOWER + "embeddings.class_embedding", "model.image_newline"]
+)
 def test_a_wrong_shape_stops_the_start_and_is_named(name: str, folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
     with pytest.raises(CheckpointError, match=rf"'{name}' has the shape \(3, 5\)"):
@@ -147,7 +149,9 @@ def damaged_shard(folder: Path, content: bytes | None) -> None:
     shard.write_bytes(content)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"]
+)
 def test_a_damaged_shard_stops_the_start_and_is_named(content: bytes | None, folder: Path) -> None:
     damaged_shard(folder, content)
     with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors"):

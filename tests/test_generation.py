@@ -44,7 +44,9 @@ def picture(seed: int = 0, size: tuple[int, int] = (700, 500)) -> Image.Image:
     return Image.fromarray(pixels).resize(size)
 
 
-def ask(analyzer: EcgAnalyzer, params: GenerationParams, image: Image.Image | None = None, question: str = "Rate?") -> Generation:
+def ask(
+    analyzer: EcgAnalyzer, params: GenerationParams, image: Image.Image | None = None, question: str = "Rate?"
+) -> Generation:
     inputs = {"query": question, "image": image} if image else question
     return analyzer.analyze(parse_input(inputs, params)).generation
 
@@ -108,7 +110,9 @@ def test_without_a_seed_answers_vary_and_can_be_repeated(analyzer: EcgAnalyzer) 
     assert ask(analyzer, replace(params, seed=first.seed)).token_ids == first.token_ids
 
 
-@pytest.mark.parametrize("params", [replace(GREEDY, do_sample=True, temperature=0.0), replace(GREEDY, do_sample=True, top_k=1)])
+@pytest.mark.parametrize(
+    "params", [replace(GREEDY, do_sample=True, temperature=0.0), replace(GREEDY, do_sample=True, top_k=1)]
+)
 def test_zero_temperature_and_top_one_are_greedy(analyzer: EcgAnalyzer, params: GenerationParams) -> None:
     assert ask(analyzer, params).token_ids == ask(analyzer, GREEDY).token_ids
 
@@ -151,7 +155,9 @@ class TestPositions:
         return EcgAnalyzer(replace(model, config=config), FetchPolicy())
 
     @pytest.mark.parametrize("image", [None, picture()])
-    def test_the_answer_is_cut_to_what_is_left(self, model: LoadedModel, analyzer: EcgAnalyzer, image: Image.Image | None) -> None:
+    def test_the_answer_is_cut_to_what_is_left(
+        self, model: LoadedModel, analyzer: EcgAnalyzer, image: Image.Image | None
+    ) -> None:
         free = ask(analyzer, GREEDY, image)
         length = prompt_for(analyzer, image).length
         for left in (1, 3):
@@ -167,7 +173,9 @@ class TestPositions:
         with pytest.raises(PromptTooLongError, match=f"{length:,} tokens"):
             ask(self.limited(model, length), GREEDY, image)
 
-    def test_prompt_length_counts_the_image_in_place_of_its_slot(self, model: LoadedModel, analyzer: EcgAnalyzer) -> None:
+    def test_prompt_length_counts_the_image_in_place_of_its_slot(
+        self, model: LoadedModel, analyzer: EcgAnalyzer
+    ) -> None:
         prompt = prompt_for(analyzer, picture())
         stream = TextGenerator(model).stream(prompt, GREEDY)
         assert stream._embed().shape[1] == prompt.length == len(prompt.ids) - 1 + prompt.image_tokens
@@ -185,7 +193,9 @@ def test_cancelling_ends_within_a_token(analyzer: EcgAnalyzer) -> None:
     assert stream.finish_reason == "cancelled"
 
 
-def test_nothing_is_computed_before_the_first_token_is_asked_for(analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_before_the_first_token_is_asked_for(
+    analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(AnswerStream, "_embed", lambda _: pytest.fail("computed"))
     stream = analyzer.stream(analyzer.prepare(parse_input("Rate?", GREEDY)))
     stream.close()
@@ -195,7 +205,9 @@ def test_the_language_model_head_sees_one_position_at_a_time(
     analyzer: EcgAnalyzer, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[Any] = []
-    hook = model.network.language_model.lm_head.register_forward_hook(lambda _, given, __: shapes.append(given[0].shape))
+    hook = model.network.language_model.lm_head.register_forward_hook(
+        lambda _, given, __: shapes.append(given[0].shape)
+    )
     try:
         ask(analyzer, GREEDY, picture())
     finally:
@@ -203,7 +215,13 @@ def test_the_language_model_head_sees_one_position_at_a_time(
     assert len(shapes) == len(set(shapes)) * len(shapes) and shapes[0].numel() == model.config.llama.hidden_size
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory at /secret"), RuntimeError("[enforce fail] not enough memory: you tried")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory at /secret"),
+        RuntimeError("[enforce fail] not enough memory: you tried"),
+    ],
+)
 def test_out_of_memory_fails_the_request_alone(
     analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
@@ -268,6 +286,7 @@ def test_an_image_object_is_answered_like_its_file(analyzer: EcgAnalyzer) -> Non
     request = parse_input(picture(), GREEDY)
     assert isinstance(request, AnalysisRequest)
     assert isinstance(request.image, DecodedImage)
-    assert analyzer.analyze(request).generation.token_ids == ask(
-        analyzer, GREEDY, picture(), request.conversation.question
-    ).token_ids
+    assert (
+        analyzer.analyze(request).generation.token_ids
+        == ask(analyzer, GREEDY, picture(), request.conversation.question).token_ids
+    )

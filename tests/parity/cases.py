@@ -22,7 +22,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "square": {"image_aspect_ratio": None},
     "norm_eps": {"rms_norm_eps": 0.05},
     "pinpoints": {"image_grid_pinpoints": [[672, 672], [336, 672], [1344, 336]]},
-    "other_eos": {"eos_token_id": 300},
 }
 
 IMAGES = {
@@ -99,7 +98,23 @@ def tokenizer_texts(count: int = 400) -> list[str]:
     """Texts that tokenisers get wrong: runs of spaces, line breaks, other scripts, combining marks; none special."""
     source = random.Random(7)
     atoms = [" ", "  ", "   ", "\n", "\t", "a", "b", "ECG", "St", "ST", "1", "23", ".", ",", "'", "<", ">", "/", "s"]
-    atoms += ["ş", "ğ", "İ", "é", "e\u0301", "心", "❤️", "▁", "USER:", "ASSISTANT:", "\u00a0", "\u200b", "\ufb01", "Δ", "\x00"]
+    atoms += [
+        "ş",
+        "ğ",
+        "İ",
+        "é",
+        "e\u0301",
+        "心",
+        "❤️",
+        "▁",
+        "USER:",
+        "ASSISTANT:",
+        "\u00a0",
+        "\u200b",
+        "\ufb01",
+        "Δ",
+        "\x00",
+    ]
     texts = ["a  b", " a", "  a", "a ", "", " ", "\n", "\n ", " \n", "▁", "▁▁a", "a▁b", "USER: x", *QUESTIONS.values()]
     texts += ["".join(source.choices(atoms, k=source.randint(1, 14))) for _ in range(count)]
     return texts

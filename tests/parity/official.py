@@ -1,7 +1,7 @@
 """Ask the official code.  Runs in its own environment: ``python official.py PLAN.json OUT``.
 
-The plan names checkpoints, images and cases; the folder OUT gets ``answers.json`` (the prompt's token ids, the generated
-ids, the text) and ``logits.npz`` (steps x vocabulary for each case).
+The plan names checkpoints, images and cases; the folder OUT gets ``answers.json`` (the prompt's token ids, the
+generated ids, the text) and ``logits.npz`` (steps x vocabulary for each case).
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from transformers import AutoTokenizer
 
 def prompt_of(turns: list[str], with_image: bool) -> str:
     conversation = conv_templates["llava_v1"].copy()
-    for index, text in enumerate([*turns, None]):
-        if with_image and index == 0:
-            text = f"<image>\n{text}"
+    first, *others = turns
+    for index, text in enumerate([f"<image>\n{first}" if with_image else first, *others, None]):
         conversation.append_message(conversation.roles[index % 2], text)
     return conversation.get_prompt()
 

@@ -30,8 +30,8 @@ def python() -> Path:
     interpreter = folder / "bin" / "python"
     if not (folder / "complete").is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "-r", HERE / "requirements.txt"], check=True)
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, "-r", str(HERE / "requirements.txt")], check=True)
         subprocess.run([*install, "--no-deps", LLAVA], check=True)
         (folder / "complete").touch()
     return interpreter
@@ -56,8 +56,9 @@ def expectations(checkpoints: dict[str, Path], asked: dict[str, list[cases.Case]
         (WORK / "plan.json").write_text(text, "utf-8")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
         subprocess.run([python(), HERE / "official.py", WORK / "plan.json", output], check=True, env=environment)
-    answers = json.loads((output / "answers.json").read_text("utf-8"))
-    return answers | {"logits": np.load(output / "logits.npz")}
+    answers: dict[str, Any] = json.loads((output / "answers.json").read_text("utf-8"))
+    with np.load(output / "logits.npz") as logits:
+        return answers | {"logits": dict(logits)}
 
 
 def checkpoint(name: str, *, config: dict[str, Any] | None = None, **options: Any) -> Path:

@@ -16,10 +16,10 @@ from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
 from pulse_ecg.fetch import FetchPolicy
 from pulse_ecg.generation import AnswerStream
+from pulse_ecg.images import image_source
 from pulse_ecg.params import load_defaults
 from pulse_ecg.prompt import Conversation, Turn
 from pulse_ecg.request import AnalysisRequest
-from pulse_ecg.images import image_source
 from pulse_ecg.tokenizer import Tokenizer
 from tests.parity import cases, oracle
 

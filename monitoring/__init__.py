@@ -1,0 +1,1 @@
+"""What the operator sees: metrics (``performance``) and one log line per request (``report``).  Imports no torch."""

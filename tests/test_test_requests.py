@@ -1,0 +1,145 @@
+"""Every request of test_requests.json gets what it expects from the real handler, and the checker can say no."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulse_ecg.params import _READERS
+from scripts import send_test_requests as sender
+from tests.endpoint_server import EndpointServer, demo_handler, endpoint_server
+
+CASES = sender.load_cases()
+TOKEN = "hf_test_only"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EndpointServer]:
+    with (
+        demo_handler(tmp_path_factory.mktemp("checkpoint")) as handler,
+        endpoint_server(handler, most_new_tokens=64) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sender.drawn_sample(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="module")
+def answers(server: EndpointServer, image: Path) -> dict[str, tuple[int, Any]]:
+    """What the endpoint answers to each case, and that every one of them passes."""
+    server.files["/ecg.jpg"] = image.read_bytes()
+    sample = sender.sample_of(image, f"{server.url}/ecg.jpg")
+    return {case["name"]: sender.send(case, sample, url=server.url, token=TOKEN, timeout_s=60) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_the_handler_answers_as_the_file_says(case: dict[str, Any], answers: dict[str, tuple[int, Any]]) -> None:
+    assert sender.faults(case, *answers[case["name"]], firsts(answers)) == []
+
+
+def firsts(answers: dict[str, tuple[int, Any]]) -> dict[str, Any]:
+    return {name: answer[0] for name, (_, answer) in answers.items() if isinstance(answer, list)}
+
+
+def test_every_form_alias_and_parameter_of_the_contract_is_sent() -> None:
+    bodies = [case.get("body", {}) for case in CASES]
+    objects = [body["inputs"] for body in bodies if isinstance(body.get("inputs"), dict)]
+    assert {"query", "text", "prompt", "image", "image_url", "image_base64", "messages"} <= {
+        k for o in objects for k in o
+    }
+    assert any(isinstance(body.get("inputs"), str) for body in bodies)
+    assert any(isinstance(body.get("inputs"), list) for body in bodies)
+    assert any(case.get("raw_image") for case in CASES)
+    given = [body["parameters"] for body in bodies if isinstance(body.get("parameters"), dict)]
+    assert {name for parameters in given for name in parameters} >= set(_READERS)
+
+
+WRONG: dict[str, list[dict[str, Any]]] = {
+    "text": [
+        {"error_contains": "inputs"},
+        {"commentary": True},
+        {"details": True},
+        {"starts_with": {"generated_text": "\u0001"}},
+        {"equals": {"model": "PULSE-7B"}},
+    ],
+    "text-defaults": [{}, {"equals": {"commentary_status": "success"}}],
+    "object-text": [
+        {"details": True, "other_answer_than": "object-query"},
+        {"details": True, "same_answer_as": "nothing"},
+    ],
+    "image-base64": [
+        {"details": True, "equals": {"details.image_tokens": 0}},
+        {"details": True, "at_most": {"details.image_tokens": 1}},
+        {"details": True, "at_least": {"details.generated_tokens": 9}},
+        {"details": True, "same_answer_as": "image-matters"},
+        {"details": True, "lacks": {"generated_text": ""}},
+    ],
+    "wrong-range": [{}, {"error_contains": "temperature"}],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, wrongs in WRONG.items() for wrong in wrongs])
+def test_a_wrong_expectation_is_found(name: str, wrong: dict[str, Any], answers: dict[str, tuple[int, Any]]) -> None:
+    case = next(case for case in CASES if case["name"] == name)
+    assert sender.faults({**case, "expect": [wrong]}, *answers[name], firsts(answers))
+
+
+def test_a_broken_answer_is_found(answers: dict[str, tuple[int, Any]]) -> None:
+    case = next(case for case in CASES if case["name"] == "text-defaults")
+    status, answer = answers["text-defaults"]
+    assert sender.faults(case, status, answer, {}) == []
+    for name, value in (("commentary_status", "fine"), ("comment_text", "x"), ("generated_text", None), ("extra", 1)):
+        broken = copy.deepcopy(answer)
+        broken[0][name] = value
+        assert sender.faults(case, status, broken, {}), name
+    for broken in ({"error": "x"}, [], answer * 2, [answer], "Ok", None):
+        assert sender.faults(case, status, broken, {})
+    assert sender.faults(case, 503, answer, {})
+
+
+def test_misspelt_expectations_and_placeholders_are_no_silent_pass() -> None:
+    with pytest.raises(ValueError, match="error_contain"):
+        sender.record_faults({}, {"error_contain": "x"}, {})
+    with pytest.raises(ValueError, match=r"\$image"):
+        sender.filled({"image": {"$image": "sample"}}, sender.Sample(b"", "image/jpeg", None))
+
+
+def test_the_script_reports_and_exits(
+    server: EndpointServer,
+    image: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    arguments = [server.url, "--token", TOKEN, "--image", str(image), "--wait", "1"]
+    assert sender.main([*arguments, "--only", "alias-image-url"]) == 0  # skipped, and the one it is compared with sent
+    told = capsys.readouterr().out
+    assert "pass  image-base64" in told
+    assert "skip  alias-image-url: needs --image-url" in told
+    assert server.tokens[-1] == f"Bearer {TOKEN}"
+    assert TOKEN not in told
+
+    changed = json.loads(sender.CASES_FILE.read_text("utf-8"))
+    next(case for case in changed["requests"] if case["name"] == "text")["expect"] = [{"commentary": True}]
+    file = tmp_path / "requests.json"
+    file.write_text(json.dumps(changed), "utf-8")
+    monkeypatch.setattr(sender.load_cases, "__defaults__", (file,))
+    assert sender.main([*arguments, "--only", "text"]) == 1
+    assert "FAIL  text" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        sender.main([*arguments, "--only", "nothing"])
+
+
+def test_no_answer_is_a_failure(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = sender.sample_of(image, None)
+    outcome = sender.run(CASES[:1], sample, url="http://127.0.0.1:9", token=None, timeout_s=5)
+    assert outcome[CASES[0]["name"]]
+    assert "FAIL" in capsys.readouterr().out

@@ -82,6 +82,7 @@ class FetchPolicy:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FetchPolicy:
+        """The policy that the environment asks for; ConfigurationError as for the class."""
         return cls(allow_private=settings.allow_private_image_urls, allowed_hosts=settings.allowed_image_hosts)
 
 

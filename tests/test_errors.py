@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pulse_ecg import errors
@@ -102,6 +102,7 @@ JSON_LIKE: Any = st.recursive(
 
 
 @given(JSON_LIKE)
+@settings(max_examples=50)
 def test_excerpt_is_always_short(value: object) -> None:
     assert len(excerpt(value)) <= 27
 

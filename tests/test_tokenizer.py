@@ -94,6 +94,14 @@ def test_the_prefix_is_a_space_of_its_own(demo_tokenizer: Tokenizer) -> None:
     assert encode("") == encode("", prefix=False) == []
 
 
+def test_the_prefix_stays_where_the_library_would_strip_it(demo_checkpoint: Path, demo_tokenizer: Tokenizer) -> None:
+    """A model trained to remove white space drops a space that opens a text, but not one behind ``<unk>``."""
+    strips = b"\x1a\x02\x20\x01"  # ModelProto{normalizer_spec{remove_extra_whitespaces: true}}
+    tokenizer = Tokenizer((demo_checkpoint / "tokenizer.model").read_bytes() + strips, legacy=False)
+    assert tokenizer.encode("signs") == demo_tokenizer.encode("signs")
+    assert tokenizer.encode(" signs", prefix=False) == demo_tokenizer.encode("signs")
+
+
 def test_runs_of_spaces_stay(demo_tokenizer: Tokenizer) -> None:
     encodings = [tuple(demo_tokenizer.encode("a" + " " * n + "b")) for n in range(6)]
     assert len(set(encodings)) == 6

@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pulse_ecg.errors import ImageError
+
 Size = tuple[int, int]
 AspectRatio = Literal["anyres", "pad", "square"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
+
+_MAX_SCALED_PIXELS = 50_000_000
 
 NEWLINE = -1
 """In a merge order: the learnt ``image_newline`` embedding instead of a patch."""
@@ -125,7 +129,11 @@ def image_grid(image_size: Size, preprocessing: Preprocessing) -> Size | None:
 
 
 def tile_image(image: Image.Image, preprocessing: Preprocessing) -> ImageTiles:
-    """Cut an RGB image into normalised tiles."""
+    """Cut an RGB image into normalised tiles.
+
+    Raises:
+        ImageError: the image is too thin; only checkpoints that do not tile have such a limit.
+    """
     grid = image_grid(image.size, preprocessing)
     tile = preprocessing.tile_size
     if grid is None:
@@ -158,6 +166,8 @@ def _single_tile(image: Image.Image, preprocessing: Preprocessing) -> Image.Imag
         image = square
     short, long = sorted(image.size)
     scaled = int(tile * long / short)
+    if tile * scaled > _MAX_SCALED_PIXELS:
+        raise ImageError(f"The image is {image.width} x {image.height} pixels: too thin for the model to see.")
     resized = image.resize(
         (tile, scaled) if image.width <= image.height else (scaled, tile), Image.Resampling(preprocessing.resample)
     )

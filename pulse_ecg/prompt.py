@@ -16,6 +16,9 @@ from pulse_ecg.tokenizer import Tokenizer
 IMAGE_TOKEN_INDEX = -200
 """Stands in the ids where the image's features go (LLaVA's ``constants.py``)."""
 
+# Longer prompts are refused without counting their tokens, which takes about a second for each two million characters.
+MAX_CHARACTERS = 1_000_000
+
 # A fact of the model: the exact sentence it was trained with. Another one changes its answers.
 LLAVA_V1_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -58,14 +61,14 @@ def prompt_ids(conversation: Conversation, *, with_image: bool, tokenizer: Token
     text after a ``</s>`` has none.  ``<image>`` or ``</s>`` inside a turn's text is plain text.
 
     Raises:
-        PromptTooLongError: the text alone cannot fit ``context_length`` positions, however it is tokenised.
+        PromptTooLongError: the text is so long that it is not even tokenised; it cannot fit by far.
     """
     parts = _parts(conversation, with_image=with_image)
     characters = sum(len(part) for part in parts if isinstance(part, str))
-    if characters > context_length * tokenizer.longest_piece:
+    if characters > max(MAX_CHARACTERS, context_length * tokenizer.longest_piece):
         raise PromptTooLongError(
-            f"The prompt has {characters:,} characters, more than {context_length:,} tokens at the very least; "
-            f"prompt, image and answer share the model's {context_length:,} positions. Shorten the question."
+            f"The prompt has {characters:,} characters, at the very least {characters // tokenizer.longest_piece:,} "
+            f"tokens; prompt, image and answer share the model's {context_length:,} positions. Shorten the question."
         )
     ids = [tokenizer.bos_id]
     prefix = True

@@ -22,6 +22,8 @@ MAX_BATCH = 64
 
 _QUESTION_KEYS = ("query", "text", "prompt")
 _IMAGE_KEYS = ("image", "image_url", "image_base64")
+# How the base64 of JPEG, PNG, GIF, WebP, TIFF and BMP files begins.
+_BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk")
 
 RequestForm = Literal["text", "object", "chat", "image"]
 
@@ -79,7 +81,7 @@ def parse_input(value: object, params: GenerationParams) -> AnalysisRequest:
             f"'inputs' is {excerpt(value)}; accepted: a question, an object with 'query' and 'image', "
             "an object with 'messages', or a list of these."
         )
-    if "messages" in value:
+    if value.get("messages") is not None:
         return _chat_request(value, params)
     return _query_request(value, params)
 
@@ -95,11 +97,11 @@ def _text_request(question: str, params: GenerationParams) -> AnalysisRequest:
 
 
 def _looks_like_an_image(text: str) -> bool:
-    """Whether a bare string is a URL, a data URI or base64: answered as a question, it would be without its image."""
+    """Whether a bare string is a URL, a data URI or an image's base64: as a question, it would lack its image."""
     text = text.strip()
-    if any(character.isspace() for character in text):
-        return False
-    return text.lower().startswith(("http://", "https://", "data:image/")) or (text.isascii() and len(text) > 500)
+    if text.startswith(_BASE64_IMAGES) and len(text) > 100:
+        return not any(character == " " for character in text)
+    return text.lower().startswith(("http://", "https://", "data:image/")) and len(text.split()) == 1
 
 
 def _query_request(value: Mapping[object, object], params: GenerationParams) -> AnalysisRequest:

@@ -24,6 +24,7 @@ from pulse_ecg.anyres import (
     select_resolution,
     tile_image,
 )
+from pulse_ecg.errors import ImageError
 
 TILE = 336
 PINPOINTS: tuple[Size, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -293,3 +294,9 @@ def test_the_image_itself_is_not_changed() -> None:
     for aspect_ratio in ("anyres", "pad", "square"):
         tile_image(image, Preprocessing(tile_size=8, aspect_ratio=aspect_ratio, pinpoints=SMALL.pinpoints))
     assert image.tobytes() == before
+
+
+def test_an_image_too_thin_for_a_single_tile_is_refused_before_it_is_scaled() -> None:
+    """20,000 x 1 pixels would become 6.7 million x 336."""
+    with pytest.raises(ImageError, match="too thin"):
+        tile_image(Image.new("RGB", (20_000, 1)), Preprocessing(aspect_ratio="square"))

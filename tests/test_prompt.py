@@ -158,22 +158,21 @@ def test_a_typed_special_token_is_the_characters_it_consists_of(demo_tokenizer: 
 # --- too long
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(
+def test_a_prompt_beyond_all_measure_is_refused_before_it_is_tokenised(
     demo_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_tokenizer, "encode", lambda *_, **__: pytest.fail("tokenised"))
-    with pytest.raises(PromptTooLongError, match=r"10,000,\d{3} characters, more than 4,096 tokens") as caught:
+    with pytest.raises(
+        PromptTooLongError, match=r"10,000,\d{3} characters, at the very least \d+,\d{3} tokens"
+    ) as caught:
         ids_of(demo_tokenizer, chat("x" * 10_000_000), with_image=False)
     assert "Shorten" in str(caught.value)
     assert "xx" not in str(caught.value)
 
 
-def test_the_longest_pieces_set_the_bound(demo_tokenizer: Tokenizer) -> None:
-    most = 100 * demo_tokenizer.longest_piece
-    frame = len(" USER:  ASSISTANT:")
-    ids_of(demo_tokenizer, chat("x" * (most - frame), system=""), with_image=False, room=100)
-    with pytest.raises(PromptTooLongError):
-        ids_of(demo_tokenizer, chat("x" * (most - frame + 1), system=""), with_image=False, room=100)
+def test_a_prompt_of_countable_length_is_left_to_be_counted(demo_tokenizer: Tokenizer) -> None:
+    ids = ids_of(demo_tokenizer, chat("ECG " * 20_000), with_image=False)
+    assert len(ids) > 4096
 
 
 @given(st.text("abc ECG▁ş", max_size=200))

@@ -190,6 +190,7 @@ def test_null_aliases_do_not_count(params: GenerationParams) -> None:
         (" DATA:image/png;base64,AAAA", RequestError, "looks like an image"),
         ("https://example.org/ecg.png", RequestError, "looks like an image"),
         ("iVBORw0KGgo" * 60, RequestError, "looks like an image"),
+        ("/9j/" + "A" * 76 + "\n" + "A" * 76, RequestError, "looks like an image"),
         ("half \ud83d a pair", RequestError, "half a surrogate pair"),
         ({}, RequestError, "neither a question ('query') nor an image ('image')"),
         ({"query": ""}, RequestError, "neither a question"),
@@ -265,7 +266,7 @@ def test_a_system_message_replaces_the_system_sentence(params: GenerationParams,
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (None, "'messages' must be a list"),
+        (None, "neither a question"),
         ([], "'messages' must be a list of at least one"),
         ("hello", "'messages' must be a list"),
         ([5], "messages[0] must be an object with 'role' and 'content', not 5"),

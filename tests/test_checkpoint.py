@@ -18,6 +18,7 @@ from pulse_ecg.checkpoint import LoadedModel, load_model
 from pulse_ecg.checkpoint_config import CheckpointConfig
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import CheckpointError, ConfigurationError, PulseError
+from tests import reference
 
 CPU = Settings(device="cpu")
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -269,14 +270,13 @@ def test_startup_errors_are_of_our_tree(tmp_path: Path) -> None:
 
 def test_reference_names_are_the_ones_that_are_read() -> None:
     """PULSE-7B's own weight index, where it is at hand: the network at true size wants exactly its tensors."""
-    reference = Path(__file__).parents[2] / "shared" / "pulse-7b"
-    if not reference.is_dir():
+    if not reference.FOLDER.is_dir():
         pytest.skip("the reference files are not here")
     from pulse_ecg.model import PulseModel
 
-    network = PulseModel(CheckpointConfig.from_folder(reference))
+    network = PulseModel(CheckpointConfig.from_folder(reference.FOLDER))
     wanted = {name for name, *_ in network.checkpoint_parameters()} | set(network.unused_shapes)
-    index = json.loads((reference / checkpoint.INDEX_FILE).read_text("utf-8"))
+    index = json.loads((reference.FOLDER / checkpoint.INDEX_FILE).read_text("utf-8"))
     assert wanted == set(index["weight_map"])
     size = sum(shape.numel() for *_, shape in network.checkpoint_parameters())
     size += sum(shape.numel() for shape in network.unused_shapes.values())

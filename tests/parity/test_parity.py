@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +19,13 @@ from pulse_ecg.params import load_defaults
 from pulse_ecg.prompt import Conversation, Turn
 from pulse_ecg.request import AnalysisRequest
 from pulse_ecg.tokenizer import Tokenizer
+from tests import reference
 from tests.parity import cases, oracle
 
 # Time for the official code to be installed and asked; it is asked once.
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(3600)]
 
-REFERENCE = Path(os.environ.get("PULSE_REFERENCE_DIR", oracle.ROOT.parent / "shared" / "pulse-7b"))
-TOKENIZERS = {"demo": oracle.WORK / "flat"} | ({"pulse-7b": REFERENCE} if REFERENCE.is_dir() else {})
+TOKENIZERS = {"demo": oracle.WORK / "flat"} | ({"pulse-7b": reference.FOLDER} if reference.FOLDER.is_dir() else {})
 CASES = {name: cases.generation_cases(name) for name in cases.MERGE_TYPES}
 CASES |= {name: cases.variant_cases() for name in cases.VARIANTS} | {"grouped_heads": cases.variant_cases()}
 

@@ -10,7 +10,8 @@ from pulse_ecg.anyres import merge_order, tile_image
 from pulse_ecg.checkpoint import LoadedModel
 from pulse_ecg.fetch import FetchPolicy
 from pulse_ecg.generation import AnswerStream, EncodedPrompt, Generation, ImagePrompt, TextGenerator
-from pulse_ecg.images import DecodedImage, ImageSource, decode_image, image_bytes, load_image
+from pulse_ecg.image_file import decode_image
+from pulse_ecg.images import DecodedImage, ImageSource, image_bytes, load_image
 from pulse_ecg.prompt import prompt_ids
 from pulse_ecg.request import AnalysisRequest
 

@@ -21,7 +21,8 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pulse_ecg.errors import ImageDecodeError, ImageError, ImageTooLargeError, ImageUrlRefusedError, PulseError
 from pulse_ecg.fetch import FetchPolicy
-from pulse_ecg.images import DecodedImage, EncodedImage, UrlImage, decode_image, image_bytes, image_source, load_image
+from pulse_ecg.image_file import decode_image
+from pulse_ecg.images import DecodedImage, EncodedImage, UrlImage, image_bytes, image_source, load_image
 from tests.servers import ImageHost, answer
 
 POLICY = FetchPolicy(max_bytes=20_000_000, allow_private=True, deadline_s=5)
@@ -602,7 +603,7 @@ def test_a_pil_image_of_another_format_is_not_decoded() -> None:
 
 PROBE = """
 import sys, base64, warnings
-from pulse_ecg.images import decode_image
+from pulse_ecg.image_file import decode_image
 from pulse_ecg.errors import ImageDecodeError
 for line in sys.stdin.read().split():
     try:

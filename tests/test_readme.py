@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from pulse_ecg import images
+from pulse_ecg import image_file
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import ParameterError
 from pulse_ecg.params import _READERS, load_defaults
@@ -303,7 +303,7 @@ def values(settings: Settings) -> list[Any]:
 
 def test_limits_are_those_of_the_code() -> None:
     assert f"at most {MAX_BATCH};" in README
-    assert f"{images.MAX_PIXELS // 10**6} megapixels and {images.MAX_SIDE:,} pixels" in README
+    assert f"{image_file.MAX_PIXELS // 10**6} megapixels and {image_file.MAX_SIDE:,} pixels" in README
     assert [status.strip("`") for status, _ in table("Responses")] == list(COMMENTARY_STATUSES)
 
 

@@ -1,0 +1,239 @@
+"""From the bytes of an image file, or a PIL image, to upright RGB pixels.
+
+The first bytes choose one of six plug-ins, which is opened directly.  ``PIL.Image.open`` is not used: it imports
+further plug-ins (and warns through a process-wide filter) when it does not recognise the bytes.  So nothing here can
+reach Ghostscript (EPS), nor MPO, ICO or PSD parsers.  ICC profiles are ignored, as ``Image.convert`` does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pulse_ecg.errors import ImageDecodeError, ImageTooLargeError, PulseError
+
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 20_000
+FORMATS = "JPEG, PNG, GIF, BMP, WebP and TIFF"
+_PIL_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+
+# A progressive JPEG may go over the whole picture again for a hundred bytes: hours of work in 20 MB.  Encoders write
+# about ten scans.  Coded data escapes FF, so that the marker can be counted; a pixel and scan takes about 1 ns.
+_SCAN, _MAX_SCANNED_PIXELS = b"\xff\xda", 2_000_000_000
+_MAX_TAGS = 1000
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {  # EXIF 2.32 section 4.6.4: how to undo each orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The file's first frame or page in RGB, EXIF orientation applied, real transparency laid on white.
+
+    Opaque images of 8 bits are what ``Image.convert("RGB")`` gives, pixel for pixel; deeper greyscale is scaled, where
+    ``convert`` clips it to white (:func:`_eight_bits`).  An EXIF block that cannot be read is ignored.
+
+    Raises:
+        ImageTooLargeError: more than 50 megapixels or 20,000 pixels a side, said by the header.
+        ImageDecodeError: not a complete image of a listed format.
+    """
+    with _pillow_errors_mapped():
+        image = _opened(data)
+        image.load()
+        exif = data if isinstance(image, TiffImageFile) else image.info.get("exif")
+        return _rgb(image, _orientation(exif))
+
+
+def rgb_from_pil(original: Image.Image) -> Image.Image:
+    """The same for an image that came as an object, which may still be a file that Pillow opened but did not decode."""
+    with _pillow_errors_mapped():
+        if isinstance(original, ImageFile) and original.format not in _PIL_FORMATS:
+            raise _unlisted()  # loading an EPS would start Ghostscript
+        _check_size(original.size)
+        image = original.copy()  # converting a palette image with transparency would change its palette
+        return _rgb(image, _orientation(image.info["exif"]) if "exif" in image.info else _tagged_orientation(original))
+
+
+# --- opening
+
+
+class _NoExif(ImageFile):
+    """Keeps Pillow's EXIF reader away: it would run on opening (JPEG) and loading (TIFF), it warns through the
+    process-wide filter about bad blocks, and entries that all claim the same bytes make it copy them over and over."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif()
+
+
+class _Jpeg(_NoExif, JpegImageFile):
+    """The first picture of the file; the class itself never hands over to MPO."""
+
+
+class _Tiff(_NoExif, TiffImageFile):
+    pass
+
+
+_PLUGINS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), _Jpeg),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImageFile),
+    (re.compile(rb"BM"), BmpImageFile),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), WebPImageFile),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), _Tiff),
+)
+
+
+def _opened(data: bytes) -> ImageFile:
+    """The file's header, read by the one plug-in that its first bytes name, and what it announces within the caps."""
+    plugin = next((plugin for pattern, plugin in _PLUGINS if pattern.match(data)), None)
+    if plugin is None:
+        raise _unlisted()
+    if plugin is _Tiff and _directory(data)[1] > len(data):
+        raise ImageDecodeError("The TIFF image claims more data than it has.")
+    image = plugin(BytesIO(data))
+    _check_size(image.size)
+    if plugin is _Jpeg and image.width * image.height * data.count(_SCAN) > _MAX_SCANNED_PIXELS:
+        raise ImageTooLargeError("The JPEG image has too many scans for its size.")
+    if isinstance(image, TiffImageFile):  # a tile may be larger than the image, and is decoded whole
+        _check_size((image.tag_v2.get(0x0142, 1), image.tag_v2.get(0x0143, 1)))
+    return image
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ImageDecodeError("The image has no pixels.")
+    if max(size) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageTooLargeError(
+            f"The image has {width} x {height} pixels; accepted are at most {MAX_PIXELS // 10**6} megapixels "
+            f"and {MAX_SIDE:,} pixels a side."
+        )
+
+
+def _unlisted() -> ImageDecodeError:
+    return ImageDecodeError(f"The image is of none of the accepted formats: {FORMATS}.")
+
+
+def _orientation(exif: object) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where the block is missing or bad: the picture itself may be good."""
+    if not isinstance(exif, bytes):
+        return 1
+    try:
+        return _directory(exif.removeprefix(b"Exif\0\0"))[0].get(_ORIENTATION, 1)
+    except (ValueError, struct.error):
+        return 1
+
+
+def _tagged_orientation(image: Image.Image) -> int:
+    """The orientation that was set on a PIL image itself, and not read from a file."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  a good picture with bad metadata stays one, whatever Pillow trips over
+        return 1
+
+
+def _directory(blob: bytes) -> tuple[dict[int, int], int]:
+    """The SHORT values of the first directory (TIFF 6.0 section 2, which EXIF uses) by tag, and how many bytes all its
+    entries claim: a small file whose entries all point at the same megabytes would fill the memory.
+
+    Raises:
+        ValueError, struct.error: no such directory.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(blob[:2])
+    if order is None:
+        raise ValueError("no TIFF header")
+    big = struct.unpack_from(order + "H", blob, 2)[0] == 43
+    (start,) = struct.unpack_from(order + ("Q" if big else "I"), blob, 8 if big else 4)
+    if start > len(blob):
+        raise ValueError("directory outside")
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), blob, start)
+    if count > _MAX_TAGS:
+        raise ValueError("too many tags")
+    entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
+    tags: dict[int, int] = {}
+    claimed = 0
+    for i in range(count):
+        tag, kind, length, value = entry.unpack_from(blob, start + (8 if big else 2) + i * entry.size)
+        claimed += length * _TYPE_SIZES.get(kind, 0)
+        if kind == 3:
+            tags.setdefault(tag, struct.unpack_from(order + "H", value)[0])
+    return tags, claimed
+
+
+# --- pixels
+
+
+def _rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Upright RGB, without the file's other data."""
+    image = image.convert("LA") if image.mode == "La" else _eight_bits(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        result = Image.new("RGB", image.size, "white")
+        result.paste(rgba, (0, 0), rgba)
+    else:
+        result = image.convert("RGB")
+    if orientation in _UPRIGHT:
+        result = result.transpose(_UPRIGHT[orientation])
+    result.info = {}
+    return result
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale of more than 8 bits scaled to L (or LA, for a PNG's transparent grey); other images as they are.
+
+    Integers of 32 bits and floats have no agreed white.  The first range that holds all their values is taken: 0 to
+    255, then 0 to 65,535 for integers; 0 to 1, then 0 to 255 for floats; failing these, from minimum to maximum.
+    """
+    ranges = {"I": ((0, 255), (0, 65_535)), "F": ((0, 1), (0, 255))}.get(image.mode, ((0, 65_535),))
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    wide = image if image.mode == "F" else image.convert("I")
+    low, high = (float(value) for value in wide.getextrema() if not isinstance(value, tuple))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("values that are no numbers")
+    black, white = next((range_ for range_ in ranges if range_[0] <= low and high <= range_[1]), (low, high))
+    scale = 255 / (white - black or 1)
+    grey = wide.convert("F").point(lambda value: value * scale + (0.5 - black * scale)).convert("L")
+    key = image.info.get("transparency")
+    if isinstance(key, int) and wide.mode == "I":
+        grey.putalpha(wide.point([255 * (value != key) for value in range(65_536)], "L"))
+    grey.info.pop("transparency", None)
+    return grey
+
+
+@contextmanager
+def _pillow_errors_mapped() -> Iterator[None]:
+    """The one place where Pillow's errors become ours.
+
+    Every exception is meant: the plug-ins parse hostile bytes and raise whatever they trip over (OSError, SyntaxError,
+    ValueError, struct.error, IndexError, TypeError, MemoryError and more), none of it fit to show.
+    """
+    try:
+        yield
+    except PulseError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageTooLargeError("The image has too many pixels.") from None
+    except Exception:  # noqa: BLE001
+        raise ImageDecodeError(f"The image is damaged, incomplete, or not really {FORMATS}.") from None

@@ -81,10 +81,13 @@ class EndpointHandler:
             with self._admission.admitted(), self.monitor.active():
                 return self._records(inputs, params, arrived)
         except PulseError as error:
-            return [self._refused(error) for _ in inputs]
+            return [self._refused(error, arrived) for _ in inputs]
+        finally:
+            self.monitor.set_queue_size(self._admission.waiting)
 
     def _records(self, inputs: list[object], params: GenerationParams, arrived: float) -> list[Record]:
         """Images are fetched and commentaries asked for side by side; the device answers one at a time."""
+        self.monitor.observe_batch(len(inputs))
         if len(inputs) == 1:
             return [self._record(inputs[0], params, arrived)]
         with ThreadPoolExecutor(min(len(inputs), self._settings.max_concurrent_requests)) as threads:
@@ -92,9 +95,7 @@ class EndpointHandler:
 
     def _record(self, item: object, params: GenerationParams, arrived: float, batch_size: int = 1) -> Record:
         """The record of one input.  The host's boundary: whatever fails here fails this input alone."""
-        report = RequestReport(
-            engine=self._settings.engine, model_revision=self._analyzer.model.revision, batch_size=batch_size
-        )
+        report = self._report(batch_size)
         report.timings_s["queue"] = time.perf_counter() - arrived
         try:
             return self._answered(item, params, report)
@@ -178,10 +179,17 @@ class EndpointHandler:
         if len(generation.token_ids) > 1:  # the first token comes with the prefill
             report.timings_s["token"] = timings["decode"] / (len(generation.token_ids) - 1)
 
-    def _refused(self, error: PulseError) -> Record:
+    def _refused(self, error: PulseError, arrived: float) -> Record:
         """The record of an input whose request was refused as a whole."""
-        self.monitor.finish(RequestReport(outcome=outcome_of(error.status)))
+        report = self._report()
+        report.outcome = outcome_of(error.status)
+        report.timings_s["total"] = time.perf_counter() - arrived
+        self.monitor.finish(report)
         return self._error_record(str(error))
+
+    def _report(self, batch_size: int = 1) -> RequestReport:
+        revision = self._analyzer.model.revision
+        return RequestReport(engine=self._settings.engine, model_revision=revision, batch_size=batch_size)
 
     def _error_record(self, message: str) -> Record:
         return {

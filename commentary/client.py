@@ -30,12 +30,11 @@ class DeepSeekClient:
     """Turkish commentary from any OpenAI-compatible service.  Thread-safe; connections are kept between calls.
 
     ``settings`` are read from the environment when not given.  Raises :class:`ImportError` where the ``openai``
-    package cannot be loaded: the host then records :meth:`Commentary.unavailable`.
+    package cannot be loaded or set up (its proxy or certificate variables may be unusable), whatever it raises
+    itself: the host then records :meth:`Commentary.unavailable`.
     """
 
     def __init__(self, settings: Settings | None = None, *, max_retries: int = 3, max_tokens: int = 2048) -> None:
-        from commentary.service import ChatService  # noqa: PLC0415 - the one import that needs the openai package
-
         settings = settings or Settings.from_env()
         self.model = settings.commentary_model
         self._loop = LoopThread("commentary")
@@ -44,14 +43,22 @@ class DeepSeekClient:
         key = settings.commentary_key
         if key:
             self._refused_key = not (key.isascii() and key.isprintable() and " " not in key)
-        if key and not self._refused_key:
-            self._service = ChatService(
-                api_key=key,
-                base_url=settings.commentary_base_url,
-                model=self.model,
-                max_retries=max_retries,
-                max_tokens=max_tokens,
-            )
+        try:
+            from commentary.service import ChatService  # noqa: PLC0415 - the one import that needs the openai package
+
+            if key and not self._refused_key:
+                self._service = ChatService(
+                    api_key=key,
+                    base_url=settings.commentary_base_url,
+                    model=self.model,
+                    max_retries=max_retries,
+                    max_tokens=max_tokens,
+                )
+        except Exception as error:  # noqa: BLE001 - a foreign package's start must not stop the endpoint's
+            missing = error.name if isinstance(error, ImportError) else None
+            raise ImportError(
+                "The openai package could not be set up.", name=missing or f"openai ({type(error).__name__})"
+            ) from None
 
     def __repr__(self) -> str:
         return f"DeepSeekClient(model={self.model!r})"

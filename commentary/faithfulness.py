@@ -20,7 +20,9 @@ from commentary.wording import form_faults
 MAX_CHARACTERS = 8_000
 # A sentence about what might happen, which states no finding: "kalp krizi belirtisi olursa 112'yi arayın".
 _CONDITIONAL = re.compile(
-    r"\w+(?:irsa|ursa|arsa|erse|irse|urse|iyorsa|uyorsa|varsa|saniz|seniz|rsaniz|rseniz)\b|durumunda|halinde|belirti"
+    r"\w+(?:irsa|ursa|arsa|erse|irse|urse|iyorsa|uyorsa|varsa|saniz|seniz|rsaniz|rseniz)\b|durumunda|halinde"
+    # "belirtileri var" states a finding, "bir belirtisi olabilir" does not
+    r"|belirti(?!\w*\s(?:\w+\s){0,2}(?:var(?:dir)?\b|gorul(?:uyor|mekte)|izlen(?:iyor|mekte)|saptan|mevcut))"
     r"|\brisk|yol acabil|neden olabil"
 )
 _URGENT = re.compile(r"\b112\b|\bacil|\bhemen\b|\bderhal\b|(?:vakit|zaman) kaybetme|gecik(?:tir)?meden|beklemeden")
@@ -39,11 +41,14 @@ _SEVERE_RATES = (40.0, 150.0)
 
 
 def check(english: str, turkish: str, *, cut_off: bool = False) -> tuple[Finding, ...]:
-    """Every departure found, critical ones first; empty when none is.  Never raises on any text."""
-    found = list(form_faults(turkish, cut_off=cut_off))
+    """Every departure found, critical ones first; empty when none is.  Never raises on any text.
+
+    Length comes first, and alone where it is at fault: a pattern that runs over megabytes holds the whole process.
+    """
     if len(turkish) > MAX_CHARACTERS or len(english) > 2 * MAX_CHARACTERS:
-        found.append(_critical("length", "the text is far longer than a commentary"))
-    elif not any(finding.rule in ("language", "refusal") for finding in found):
+        return (_critical("length", "the text is far longer than a commentary"),)
+    found = list(form_faults(turkish, cut_off=cut_off))
+    if not any(finding.rule in ("language", "refusal") for finding in found):
         found += _Comparison(plain(english), plain(turkish)).findings()
     unique = dict.fromkeys(found)
     return tuple(sorted(unique, key=lambda finding: finding.severity != "critical"))
@@ -130,6 +135,7 @@ class _Comparison:
         for name in self.en.claims:
             if not glossary()[name].general:
                 yield from self._term(name)
+        yield from self._nothing_told()
         yield from self._additions()
         yield from self._regions()
         yield from self._numbers()
@@ -165,6 +171,13 @@ class _Comparison:
             yield _critical("negation", f"'{name}' is denied in English and stated in Turkish")
         if asserted and tr_asserts and self._only_hedged(self.en, (name,)) and not self._hedged(self.tr, said):
             yield _warning("certainty", f"'{name}' is uncertain in English and certain in Turkish")
+
+    def _nothing_told(self) -> Iterator[Finding]:
+        """Findings that are harmless one by one and all left out: the text is not about this answer."""
+        stated = [name for name in self.en.claims if self.en.asserts(name) and not glossary()[name].general]
+        told = any(other in self.tr.claims for name in stated for other in (name, *glossary()[name].also))
+        if len(stated) > 1 and not told:
+            yield _critical("omission", "none of the findings is told")
 
     def _omitted(self, name: str) -> Finding:
         term = glossary()[name]

@@ -12,7 +12,7 @@ from functools import cache
 from commentary.glossary import glossary
 from commentary.text import word_set
 
-_WORD = r"[A-ZÇĞİÖŞÜ](?:\.|[\w'’-]*)"
+_WORD = r"(?![PQRSTUJ][ -](?i:waves?|points?|segments?)\b)[A-ZÇĞİÖŞÜ](?:\.|[\w'’-]*)"  # "T wave" is nobody
 _GAP = r"[ \t]+"
 _NAME = rf"{_WORD}(?:,?{_GAP}{_WORD}){{0,3}}"
 _LABEL = (
@@ -25,10 +25,16 @@ _LABELLED_NAME = re.compile(
 _TITLED_NAME = re.compile(
     rf"\b((?:Mr|Mrs|Ms|Miss|Dr|Prof|Sn|Sayın)\.?{_GAP})({_NAME})|\b({_WORD})({_GAP}(?:Bey|Hanım)\b)"
 )
-_NAMED_PATIENT = re.compile(rf"\b([Pp]atient{_GAP})({_WORD}{_GAP}{_NAME})")
+_NAMED_PATIENT = re.compile(rf"\b([Pp]atient,?{_GAP})({_WORD}{_GAP}{_NAME})")
+_LOWER_CASE_NAME = re.compile(
+    r"(?i:\b((?:name|ad[ıi]|soyad[ıi])\s*[:=]\s*\**\s*))([^\W\d_][\w'’-]+(?:,?[ \t]+[^\W\d_][\w'’-]+)?)"
+)
+_SIGNED_NAME = re.compile(
+    rf"(?i:\b((?:confirmed|interpreted|reviewed|reported|requested|ordered|signed)\s+by[: \t]+))({_WORD}{_GAP}{_NAME})"
+)
 _INITIAL = re.compile(r"\w\.")
 _DATE = (
-    r"(?:\d{1,4}[./-]\d{1,2}[./-]\d{1,4}|\d{1,2}(?:st|nd|rd|th)?\s+[^\W\d_]{3,9}\.?,?\s+\d{4}"
+    r"(?:\d{1,4}[./-]\d{1,2}[./-]\d{1,4}|\d{1,2}(?:st|nd|rd|th)?[\s./-]+[^\W\d_]{3,9}[\s.,/-]+\d{2,4}"
     r"|[^\W\d_]{3,9}\.?\s+\d{1,2}(?:st|nd|rd|th)?,?\s+\d{4}|(?:19|20)\d{2})"
 )
 _BORN = (
@@ -37,7 +43,8 @@ _BORN = (
 )
 _RECORD = (
     r"(?:mrn|medical\s+record(?:\s+(?:number|no))?|record\s*(?:number|no|id|#)|patient\s*(?:id|number|no|#)"
-    r"|hospital\s*(?:number|no|id)|accession(?:\s*(?:number|no))?|file\s*(?:number|no)|visit\s*(?:id|number|no)"
+    r"|hospital\s*(?:number|no|id)|accession(?:\s*(?:number|no))?"
+    r"|(?:file|visit|case|order|study|exam|account)\s*(?:id|number|no)|id(?=\s*[:=#])"
     r"|protokol(?:\s*(?:no|numaras[ıi]))?|dosya\s*(?:no|numaras[ıi])|hasta\s*no|tckn|national\s+id"
     r"|(?:t\.?c\.?\s*)?kimlik\s*(?:no|numaras[ıi])|identity\s+(?:number|no)|ssn|passport(?:\s*(?:number|no))?)"
 )
@@ -48,8 +55,11 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"(?<![\w~./\\-])(?:[\w~.-]{{0,255}}[/\\])*[\w-]{{1,255}}\.(?:{_FILE_ENDINGS})\b", re.I), "[DOSYA]"),
     (re.compile(r"(?<![\d.,])[1-9]\d{10}(?!\d|[.,]\d)"), "[KİMLİK NO]"),
     (re.compile(r"(?<![\d.,])[1-9]\d{2}[ -]\d{3}[ -]\d{3}[ -]\d{2}(?!\d)"), "[KİMLİK NO]"),
-    (re.compile(rf"(?i:(\b{_BORN}\s*\.?\s*[:=]?\s*(?:is\s+)?\**\s*))(?i:{_DATE})"), r"\1[DOĞUM TARİHİ]"),
-    (re.compile(rf"(?i:(\b{_RECORD}\s*\.?\s*[:=#]?\s*(?:is\s+)?\**\s*))(?=[\w/-]*\d)[\w/-]+"), r"\1[KAYIT NO]"),
+    (
+        re.compile(rf"(?i:(\b{_BORN}\s*\.?\s*(?:\([^()\n]{{1,20}}\)\s*)?[:=-]?\s*(?:is\s+)?\**\s*))(?i:{_DATE})"),
+        r"\1[DOĞUM TARİHİ]",
+    ),
+    (re.compile(rf"(?i:(\b{_RECORD}\s*\.?\s*[:=#]{{0,2}}\s*(?:is\s+)?\**\s*))(?=[\w/-]*\d)[\w/-]+"), r"\1[KAYIT NO]"),
     (re.compile(r"(?<![\w.,])(?:\+\d{1,3}[ -]?)?\(?0?[1-9]\d{2}\)?[ -]?\d{3}[ -]?\d{2}[ -]?\d{2}(?!\d)"), "[TELEFON]"),
 )
 _LAY = word_set(
@@ -69,7 +79,7 @@ def mask(text: str) -> str:
     """The text with placeholders in Turkish where an identifier stood; findings, leads and numbers stay."""
     for pattern, placeholder in _MASKS:
         text = pattern.sub(placeholder, text)
-    for pattern in (_LABELLED_NAME, _NAMED_PATIENT):
+    for pattern in (_LABELLED_NAME, _NAMED_PATIENT, _SIGNED_NAME, _LOWER_CASE_NAME):
         text = pattern.sub(lambda match: match[1] + _masked_name(match[2]), text)
     return _TITLED_NAME.sub(
         lambda match: match[1] + _masked_name(match[2]) if match[1] else _masked_name(match[3]) + match[4], text

@@ -95,6 +95,10 @@ _GAP_STOPS: dict[Language, frozenset[str]] = {
 }
 
 
+# "Also", which Turkish puts between a term's words: "QT aralığı da uzamış".
+_PARTICLES: dict[Language, frozenset[str]] = {"en": frozenset(), "tr": word_set("da de")}
+
+
 @lru_cache(maxsize=4096)
 def _word_pattern(word: str, language: Language) -> re.Pattern[str]:
     if word.endswith("*"):
@@ -122,9 +126,9 @@ class TermIndex(Generic[K]):
     """Finds terms in tokens, the longest first, without overlaps.
 
     A term is words with the language's suffixes allowed; ``stem*`` takes any ending and ``_`` up to five words
-    in between, none of which starts another statement.  A term never crosses a sentence, a comma or a parenthesis.
-    Where the longest reading bridges a gap, what stands in the gap counts too: "ST yükselmesi ya da çökmesi" names
-    both.
+    in between, none of which starts another statement.  Particles may stand anywhere.  A term never crosses a
+    sentence, a comma or a parenthesis.  Where the longest reading bridges a gap, what stands in the gap counts too:
+    "ST yükselmesi ya da çökmesi" names both.
     """
 
     def __init__(self, terms: Iterable[tuple[K, str]], language: Language) -> None:
@@ -166,7 +170,8 @@ class TermIndex(Generic[K]):
                 gap = True
                 continue
             pattern = _word_pattern(word, self._language)
-            reach = range(last + 1, last + 2 + (_GAP if gap else 0))
+            particle = at <= last < len(text) - 1 and text[last + 1].word in _PARTICLES[self._language]
+            reach = range(last + 1, last + 2 + (_GAP if gap else particle))
             last_found = next((i for i in reach if i < len(text) and pattern.fullmatch(text[i].word)), None)
             if last_found is None or not _joined(text, at, last_found):
                 return None

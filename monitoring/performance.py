@@ -59,9 +59,7 @@ class PerformanceMonitor:
         self._stages = Histogram(
             "pulse_stage_seconds", "Seconds by stage.", ("stage",), buckets=_SECONDS, registry=registry
         )
-        self._batch = Histogram(
-            "pulse_batch_size", "Sequences decoded together.", buckets=_BATCH_SIZES, registry=registry
-        )
+        self._batch = Histogram("pulse_batch_size", "Inputs of a request.", buckets=_BATCH_SIZES, registry=registry)
         self._queue = Gauge("pulse_queue_size", "Requests waiting.", registry=registry)
         self._active = Gauge("pulse_active_requests", "Requests worked on.", registry=registry)
         self._process = Gauge("pulse_process_memory_bytes", "Resident memory of this process.", registry=registry)

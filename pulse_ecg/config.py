@@ -115,8 +115,12 @@ def _http_url(name: str, text: str) -> str:
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+        # A password would stand in logs of URLs; a query or fragment would end up in the middle of the path.
+        usable = usable and not ("@" in parts.netloc or parts.query or parts.fragment)
     except ValueError:  # brackets that hold no IPv6 address, a port that is no number
         usable = False
     if not usable:
-        raise ConfigurationError(f"{name} must be an http or https address such as 'https://api.deepseek.com'.")
+        raise ConfigurationError(
+            f"{name} must be an http or https address without credentials or query, such as 'https://api.deepseek.com'."
+        )
     return text.rstrip("/")

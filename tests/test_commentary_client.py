@@ -315,8 +315,25 @@ print(utils.DeepSeekClient().comment("x", timeout_s=1).status, "torch" in sys.mo
     assert said == "api_key_missing False"
 
 
-def test_without_the_openai_package_the_monitor_still_loads(tmp_path: Path) -> None:
-    (tmp_path / "openai.py").write_text("raise ImportError('not installed')\n")
+@pytest.mark.parametrize(
+    "environment",
+    [{"HTTPS_PROXY": "bogus://proxy"}, {"ALL_PROXY": "socks5://127.0.0.1:1"}, {"SSL_CERT_FILE": "/not/there"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_a_client_that_cannot_be_set_up_is_unavailable_rather_than_the_end_of_the_start(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ImportError) as caught:
+        DeepSeekClient(Settings(commentary_key=KEY, commentary_base_url="https://service.invalid/v1"))
+    assert str(caught.value.name).startswith("openai (")
+    assert KEY not in repr(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["ImportError('not installed')", "TypeError('of another version')"])
+def test_without_the_openai_package_the_monitor_still_loads(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "openai.py").write_text(f"raise {fault}\n")
     code = """
 import utils
 utils.PerformanceMonitor()

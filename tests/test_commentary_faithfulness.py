@@ -5,7 +5,8 @@ written after the rules were finished, and no rule was changed for it: its rates
 
 ``commentary_pairs.json`` began with 112 pairs at hand while the rules were written.  Five more rounds were each written
 blind, run once, and then learnt from.  Their first runs, faults detected and faithful texts blamed: 23 of 24 and 4 of
-24; 20 of 20 and 1 of 20; 20 of 20 and 4 of 20; 19 of 20 and 3 of 20; 17 of 20 and 3 of 20.
+24; 20 of 20 and 1 of 20; 20 of 20 and 4 of 20; 19 of 20 and 3 of 20; 17 of 20 and 3 of 20.  A sixth was aimed at weak
+places by a reader of the rules, 18 of 20 and 3 of 20; a seventh came after it, 9 of 10 and none of 10.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def test_the_set_is_large_and_varied() -> None:
         ("Ventricular tachycardia.", "Kalbiniz hızlı atıyor, hemen 112'yi arayın.", "omission"),
         ("Ventricular tachycardia.", "Kaydınızda ventriküler taşikardi görülüyor.", "urgency"),
         ("Sinus rhythm.", "Ritminiz sinüs ritmi. Ayrıca ventriküler fibrilasyon var.", "addition"),
+        ("No sign of infarction.", "Kaydınızda kalp krizi belirtileri görülüyor.", "negation"),
+        ("Sinus rhythm.", "Ritminiz sinüs ritmi. Ayrıca STEMI belirtileri var.", "addition"),
+        ("The QT interval is not prolonged.", "Kaydınızda QT aralığı da uzamış.", "negation"),
+        ("Sinus bradycardia, first-degree AV block.", "Kalbiniz gayet normal çalışıyor, için rahat olsun.", "omission"),
         ("Sinus rhythm.", "Your rhythm is normal and it is coming from the sinus node.", "language"),
         ("Sinus rhythm.", "Üzgünüm, buna yardımcı olamam.", "refusal"),
         ("Sinus rhythm.", "Ritminiz doğal, yani sinüs ritmi ve bu", "cut_off"),
@@ -92,6 +97,10 @@ def test_each_rule_refuses(english: str, turkish: str, rule: str) -> None:
         ("No acute infarct; old inferior infarct.", "Alt duvarda eski bir kalp krizi izi var; akut enfarktüs yok."),
         ("LBBB.", "ST BÖLÜMÜ, SOL DAL BLOĞU NEDENİYLE DEĞERLENDİRİLEMİYOR."),
         ("Sinus rhythm, V1-4 normal.", "Ritminiz sinüs ritmi, V1-V4 derivasyonları normal."),
+        ("Atrial flutter rather than atrial fibrillation.", "Atriyal fibrilasyondan çok atriyal çırpıntı olası."),
+        ("Old inferior infarction.", "Alt duvarda önceden kalp krizi geçirdiğinizi gösteren bir iz var."),
+        ("Abnormal ECG. PR interval within normal limits.", "EKG'niz normal değil. PR aralığı normal sınırlarda."),
+        ("Intervals are within normal limits.", "Kaydınızda ölçülen bütün süreler olağan."),
         ("AV block with coronary artery disease.", "AV blok ve koroner arter hastalığı (damar tıkanıklığı) var."),
     ],
 )
@@ -103,6 +112,20 @@ def test_each_rule_lets_pass(english: str, turkish: str) -> None:
 @settings(max_examples=100, deadline=None)
 def test_no_text_breaks_it(english: str, turkish: str) -> None:
     check(english, turkish)
+
+
+def test_presence_of_p_waves_is_not_read_as_their_absence() -> None:
+    for absent in ("P dalgaları görülmüyor.", "P dalgaları seçilemiyor.", "P dalgası izlenmedi."):
+        assert check("No visible P waves.", f"Kaydınızda {absent}") == ()
+    assert "omission" in rules("No visible P waves.", "Kaydınızda P dalgaları görülüyor.")
+
+
+def test_megabytes_are_refused_before_any_pattern_runs_over_them() -> None:
+    """A pattern holds the whole process while it runs, so that no deadline could be kept."""
+    for endless in ("1", "a", ".", "(", "kalp ", "1."):
+        started = time.perf_counter()
+        assert rules("Sinus rhythm.", endless * 500_000) == {"length"}
+        assert time.perf_counter() - started < 0.5
 
 
 def test_it_is_fast_on_long_and_on_hostile_text() -> None:

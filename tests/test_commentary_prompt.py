@@ -34,6 +34,13 @@ from utils import DeepSeekClient
         ("call +90 532 123 45 67", "call [TELEFON]"),
         ("see https://host/x?q=1 and mail a.b@c.org", "see [ADRES] and mail [E-POSTA]"),
         ("file /data/ecg_12.png shows", "file [DOSYA] shows"),
+        ("patient name: ayşe yılmaz. rate 70", "patient name: [AD]. rate 70"),
+        ("Patient, John Smith, has AF", "Patient, [AD], has AF"),
+        ("Interpreted by Jane Roe", "Interpreted by [AD]"),
+        ("Date of Birth (DOB): 01/02/1960", "Date of Birth (DOB): [DOĞUM TARİHİ]"),
+        ("DOB 01-Feb-1960", "DOB [DOĞUM TARİHİ]"),
+        ("MRN#: 00-12-345", "MRN#: [KAYIT NO]"),
+        ("ID: 445566", "ID: [KAYIT NO]"),
     ],
 )
 def test_identifiers_are_masked(text: str, masked: str) -> None:
@@ -50,6 +57,8 @@ def test_identifiers_are_masked(text: str, masked: str) -> None:
         "PR 160 ms, QRS 98 ms, QT/QTc 400/440 ms, RR 812 ms, rate 1200.",
         "QRS axis -30 degrees, 25 mm/s, 10 mm/mV. Mobitz II, 2:1.",
         "Possible Brugada pattern. Atrial Fibrillation. T wave inversion in V1.",
+        "Patient: T wave inversion in V1.",
+        "Confirmed by: Q Waves in III. Rhythm name: atrial fibrillation.",
     ],
 )
 def test_findings_are_left_alone(text: str) -> None:
@@ -117,6 +126,14 @@ def test_every_term_is_found_by_its_own_names(name: str) -> None:
         assert name in {match.key for match in english_terms().find(tokens(plain(form)))}, form
     if not term.general:
         assert name in {match.key for match in turkish_terms().find(tokens(plain(term.tr)))}
+
+
+def test_a_false_friend_of_one_term_is_no_name_of_another() -> None:
+    """ "Atriyal çırpıntı" is what flutter is called; an answer that names both rhythms must be able to say so."""
+    names = {fold(name): term.en for term in glossary().values() for name in (term.tr, *term.tr_variants)}
+    for term in glossary().values():
+        for friend in term.false_friends:
+            assert names.get(fold(friend), term.en) == term.en, friend
 
 
 def test_no_term_teaches_its_own_false_friend() -> None:

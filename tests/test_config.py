@@ -88,6 +88,8 @@ BAD: list[tuple[str, str]] = [
     ("DEEPSEEK_BASE_URL", "https://"),
     ("DEEPSEEK_BASE_URL", "https://[::1"),
     ("DEEPSEEK_BASE_URL", "https://host:port"),
+    ("DEEPSEEK_BASE_URL", "https://user:pass@host/v1"),
+    ("DEEPSEEK_BASE_URL", "https://host/v1?key=x"),
     ("DEEPSEEK_BASE_URL", "https://host:99999"),
     ("DEEPSEEK_BASE_URL", "https://ho\x00st"),
     ("DEEPSEEK_MODEL", "a\nb"),

@@ -304,6 +304,14 @@ def test_the_monitor_counts_what_happened(handler: Any, sample_png: bytes) -> No
     assert 'image="base64"' in text
 
 
+def test_the_queue_and_batch_gauges_follow_the_requests(handler: Any) -> None:
+    batches = handler.monitor.snapshot()["batch_size"]["count"]
+    ask(handler, ["Rate?", "Axis?"])
+    snapshot = handler.monitor.snapshot()
+    assert snapshot["batch_size"]["count"] == batches + 1
+    assert snapshot["queue_size"] == snapshot["active_requests"] == 0
+
+
 # --- loading
 
 

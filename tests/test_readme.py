@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from commentary.faithfulness import check
+from monitoring.report import FORMS, IMAGE_SOURCES, OUTCOMES, STAGES
 from pulse_ecg import image_file
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import ParameterError
@@ -30,7 +32,9 @@ from scripts.send_test_requests import (
     DETAILS_FIELDS,
     drawn_sample,
 )
+from tests.commentary_service import answer, chat_server
 from tests.endpoint_server import EndpointServer, demo_handler, endpoint_server
+from utils import PerformanceMonitor, RequestReport
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -42,7 +46,10 @@ ENDPOINT, TOKEN, IMAGE_URL = (
     "https://example.org/ecg.jpg",
 )
 MOST_NEW_TOKENS = 8
-OPTIONS = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts/send_test_requests.py").read_text("utf-8")))
+SCRIPTS = ("send_test_requests.py", "check_commentary_service.py")
+OPTIONS = {
+    script: set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts" / script).read_text("utf-8"))) for script in SCRIPTS
+}
 NOT_RUN = ("make ", "hf ", "git ")  # would install an environment, or need an account; make's targets are checked
 
 
@@ -224,8 +231,9 @@ def test_shell_blocks_are_run_or_known(text: str) -> None:
     for block in blocks("bash", text):
         for line in block.splitlines():
             assert not (target := re.match(r"make ([a-z-]+)", line)) or target[1] in targets
-        known = "curl " in block or "send_test_requests.py" in block or block.startswith(NOT_RUN)
-        assert not (line := re.search(r"send_test_requests.py .*", block)) or options(line[0]) <= OPTIONS
+        known = "curl " in block or any(script in block for script in SCRIPTS) or block.startswith(NOT_RUN)
+        for script in SCRIPTS:
+            assert not (line := re.search(rf"{script} .*", block)) or options(line[0]) <= OPTIONS[script]
         assert known, block
     for name in re.findall(r"`make ([a-z-]+)`", text):
         assert name in targets
@@ -236,6 +244,41 @@ def test_the_script_is_called_as_the_readme_says(folder: Path, server: EndpointS
     script = localised(block, server).replace("scripts/", f"{ROOT}/scripts/")
     assert " 0 failed" in run(["bash", "-ec", script.rstrip() + " --image ecg.jpg --only image-base64"], folder, server)
     assert server.tokens == [f"Bearer {TOKEN}"]
+
+
+def test_the_commentary_service_is_checked_as_the_readme_says(folder: Path, server: EndpointServer) -> None:
+    [block] = [block for block in blocks("bash") if "check_commentary_service.py" in block]
+    turkish = "Kalbiniz doğal ritminde ama yavaş, dakikada 48 kez atıyor (sinüs bradikardisi). Uyarı gecikerek "
+    turkish += "geçiyor (birinci derece AV blok, PR 220 ms). ST yükselmesi görülmüyor. Bu bir tanı değildir."
+    with chat_server(answer(turkish)) as service:
+        command = block.replace("http://127.0.0.1:8000/v1", service.url).replace("scripts/", f"{ROOT}/scripts/")
+        record = json.loads(run(["bash", "-ec", command], folder, server))
+    assert (record["commentary_status"], record["comment_text"]) == ("success", turkish)
+    assert service.requests[0][1]["model"] == "YOUR_MODEL"
+
+
+def test_metrics_and_fields_are_those_of_the_monitor(server: EndpointServer) -> None:
+    """Every metric and every label's value, and the log line's fields, under the names that the code gives them."""
+    monitoring = README.split("\n## Monitoring\n", 1)[1].split("\n## ", 1)[0]
+    exposed = set(re.findall(r"^# TYPE (pulse_\w+)", PerformanceMonitor().prometheus_text(), re.MULTILINE))
+    named = {name.removesuffix("_total") for name in re.findall(r"`(pulse_\w+)`", monitoring)}
+    assert named == {name.removesuffix("_total") for name in exposed if not name.endswith("_created")}
+    for value in (*FORMS, *IMAGE_SOURCES, *set(OUTCOMES) - {"cancelled"}, "off"):
+        assert f"`{value}`" in monitoring
+    for line in re.findall(r'^{"event".*', monitoring, re.MULTILINE):
+        shown = json.loads(line.replace("…", "0"))
+        assert set(shown["seconds"]) <= set(STAGES)
+        assert set(shown) <= {"event", "image", "commentary", "seconds", *vars(RequestReport())}
+
+
+def test_faithfulness_rates_are_those_measured() -> None:
+    rows = table("Turkish commentary")
+    for row, name in zip(rows, ("commentary_pairs_held_out.json", "commentary_pairs.json"), strict=True):
+        pairs = json.loads((ROOT / "tests/data" / name).read_text("utf-8"))
+        for cell, planted in zip(row[1:], (True, False), strict=True):
+            found = [bool(check(pair["en"], pair["tr"])) for pair in pairs if bool(pair["fault"]) is planted]
+            assert cell.startswith(f"{sum(found)} of {len(found)}")
+        assert row[0].startswith(str(len(pairs)))
 
 
 def options(command: str) -> set[str]:

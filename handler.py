@@ -58,12 +58,14 @@ class EndpointHandler:
         started = time.perf_counter()
         self._settings = Settings.from_env()
         self._defaults = load_defaults(_ROOT)
+        policy = FetchPolicy.from_settings(self._settings)
         model = load_model(path or _ROOT, self._settings)
-        self._analyzer = EcgAnalyzer(model, FetchPolicy.from_settings(self._settings))
+        self._analyzer = EcgAnalyzer(model, policy)
         self._commentary = _commentary_client(self._settings)
         self._admission = Admission(self._settings.max_concurrent_requests, self._settings.max_queued_requests)
         self._device_turn = Lock()
         self.monitor = PerformanceMonitor(gpu_memory=model.device_memory)
+        self.monitor.watch_queue(lambda: self._admission.waiting)
         logger.info("Ready after %.1f s.", time.perf_counter() - started)
 
     def __call__(self, data: Any) -> list[Record]:
@@ -77,13 +79,10 @@ class EndpointHandler:
         try:
             inputs, parameters = split_inputs(data)
             params = self._defaults.updated(parameters)
-            self.monitor.set_queue_size(self._admission.waiting)
             with self._admission.admitted(), self.monitor.active():
                 return self._records(inputs, params, arrived)
         except PulseError as error:
             return [self._refused(error, arrived) for _ in inputs]
-        finally:
-            self.monitor.set_queue_size(self._admission.waiting)
 
     def _records(self, inputs: list[object], params: GenerationParams, arrived: float) -> list[Record]:
         """Images are fetched and commentaries asked for side by side; the device answers one at a time."""

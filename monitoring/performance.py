@@ -104,8 +104,9 @@ class PerformanceMonitor:
         finally:
             self._active.dec()
 
-    def set_queue_size(self, waiting: int) -> None:
-        self._queue.set(waiting)
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Have the queue's size asked of ``waiting`` at each reading."""
+        self._queue.set_function(waiting)
 
     def observe_batch(self, sequences: int) -> None:
         self._batch.observe(sequences)

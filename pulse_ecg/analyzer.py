@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
-from threading import Event
+from threading import BoundedSemaphore, Event
 
 from pulse_ecg.anyres import merge_order, tile_image
 from pulse_ecg.checkpoint import LoadedModel
@@ -14,6 +15,8 @@ from pulse_ecg.image_file import decode_image
 from pulse_ecg.images import DecodedImage, ImageSource, image_bytes, load_image
 from pulse_ecg.prompt import prompt_ids
 from pulse_ecg.request import AnalysisRequest
+
+MAX_DECODING = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class EcgAnalyzer:
         self.model = model
         self._policy = policy
         self._generator = TextGenerator(model)
+        # Decoding the largest image takes several hundred megabytes: not more of them at once than there are cores.
+        self._decoding = BoundedSemaphore(min(MAX_DECODING, os.cpu_count() or 1))
 
     def prepare(self, request: AnalysisRequest) -> PreparedRequest:
         """Fetch and decode the image, cut it into tiles and encode the prompt.  Needs no device; threads may overlap.
@@ -83,17 +88,14 @@ class EcgAnalyzer:
         return self.answer(self.prepare(request), cancel=cancel)
 
     def _image_prompt(self, source: ImageSource, timings: dict[str, float]) -> tuple[ImagePrompt, int]:
-        lap, size = _Lap(timings), 0
-        if isinstance(source, DecodedImage):
-            image = load_image(source, self._policy)
-        else:
-            data = image_bytes(source, self._policy)
-            size = len(data)
-            lap("image_fetch")
-            image = decode_image(data)
-        lap("image_decode")
-        config = self.model.config
-        tiles = tile_image(image, config.preprocessing)
+        """The image as the model takes it, and the size of its file in bytes (0 for an image object)."""
+        lap, config = _Lap(timings), self.model.config
+        data = b"" if isinstance(source, DecodedImage) else image_bytes(source, self._policy)
+        lap("image_fetch")
+        with self._decoding:
+            image = load_image(source, self._policy) if isinstance(source, DecodedImage) else decode_image(data)
+            lap("image_decode")
+            tiles = tile_image(image, config.preprocessing)
         order = merge_order(
             config.merge_type,
             grid=tiles.grid,
@@ -102,7 +104,7 @@ class EcgAnalyzer:
             keep_cls=config.keep_cls,
         )
         lap("preprocess")
-        return ImagePrompt(tiles, order), size
+        return ImagePrompt(tiles, order), len(data)
 
 
 class _Lap:

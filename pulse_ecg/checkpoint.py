@@ -24,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # A shard is mapped anew after this many bytes, so that pages already copied to the device do not pile up.
 _WINDOW_BYTES = 64 * 2**20
+_FLOATS = ("F16", "BF16", "F32", "F64")
 # Buffers that older transformers saved beside the weights; they are computed, not learnt.
 _COMPUTED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
@@ -60,6 +61,10 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
     folder, revision = locate(Path(path), settings)
     config = CheckpointConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.size > config.llama.vocab_size:
+        raise CheckpointError(
+            f"tokenizer.model has {tokenizer.size:,} pieces, config.json a vocab_size of {config.llama.vocab_size:,}."
+        )
     network = PulseModel(config)
     files = weight_files(folder)
     stored = _stored_shapes(files)
@@ -92,6 +97,8 @@ def locate(path: Path, settings: Settings) -> tuple[Path, str]:
     A repository with code, config and even the weight index but no shards is common; the weights then come from
     ``PULSE_MODEL_ID`` at ``PULSE_MODEL_REVISION``.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"The checkpoint's path is no folder: '{path.name}'.")
     if any(path.glob("*.safetensors")):
         return path, "local"
     if Path(settings.model_id).is_dir():
@@ -147,7 +154,10 @@ def _stored_shapes(files: Sequence[Path]) -> dict[str, torch.Size]:
                 for name in list(shard.keys()):
                     if name in shapes:
                         raise CheckpointError(f"Tensor '{name}' is in two weight files.")
-                    shapes[name] = torch.Size(shard.get_slice(name).get_shape())
+                    tensor = shard.get_slice(name)
+                    shapes[name] = torch.Size(tensor.get_shape())
+                    if tensor.get_dtype() not in _FLOATS and not name.endswith(_COMPUTED):
+                        raise CheckpointError(f"Tensor '{name}' is stored as {tensor.get_dtype()}, not as floats.")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"'{file.name}' is no complete safetensors file (a Git LFS pointer, or cut off?)."

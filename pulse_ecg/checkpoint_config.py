@@ -19,7 +19,7 @@ DEFAULT_MODEL_NAME = "PULSE-7B"
 _LLAMA_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
-    *("rope_scaling", "attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+    *("rope_scaling", "attention_bias", "mlp_bias", "tie_word_embeddings"),
 )
 # Public architecture of the towers that LLaVA checkpoints name by hub id; the weights are in the checkpoint.
 _KNOWN_TOWERS: Mapping[str, Mapping[str, Any]] = {
@@ -75,6 +75,7 @@ class CheckpointConfig:
                 f"config.json: model_type is {excerpt(raw.get('model_type'))}; expected 'llava_llama', "
                 "the original LLaVA layout."
             )
+        _refuse_unsupported(raw)
         try:
             llama = LlamaConfig(**{key: raw[key] for key in _LLAMA_KEYS if raw.get(key) is not None})
             vision, processor = _tower(folder, str(raw.get("mm_vision_tower", "")))
@@ -119,6 +120,30 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    """Keys that would change the answers, and that this model does not honour, are errors rather than ignored."""
+    if raw.get("mm_use_im_start_end"):
+        raise CheckpointError("config.json: mm_use_im_start_end is not supported.")
+    if raw.get("quantization_config"):
+        raise CheckpointError("config.json: quantization_config is not supported; use the unquantised checkpoint.")
+    for key in _LLAMA_KEYS:
+        value = raw.get(key)
+        expected = _KINDS.get(key, int)
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
+            raise CheckpointError(f"config.json: {key} is {excerpt(value)}, which is of the wrong type.")
+
+
+_KINDS: Mapping[str, Any] = {
+    "hidden_act": str,
+    "rms_norm_eps": (int, float),
+    "rope_theta": (int, float),
+    "rope_scaling": dict,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "tie_word_embeddings": bool,
+}
+
+
 def _tower(folder: Path, name: str) -> tuple[CLIPVisionConfig, dict[str, Any]]:
     """The tower's architecture and its preprocessor's constants, from a local folder or by a public hub id."""
     local = folder / name  # an absolute name stands for itself
@@ -142,6 +167,9 @@ def _preprocessing(raw: Mapping[str, Any], vision: CLIPVisionConfig, processor: 
     sizes = {_edge(processor.get("size", tile)), _edge(processor.get("crop_size", tile)), tile}
     if sizes != {tile}:
         raise CheckpointError(f"The tower sees {tile} pixels a side, its preprocessor_config.json says otherwise.")
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if not processor.get(step, True):
+            raise CheckpointError(f"preprocessor_config.json: {step} is off, which is not supported.")
     ratio = raw.get("image_aspect_ratio") or "square"
     pinpoints = raw.get("image_grid_pinpoints") or []
     resolutions = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
@@ -183,8 +211,11 @@ def _layers_used(select_layer: int, layers: int) -> int:
 def _eos_ids(folder: Path, raw: Mapping[str, Any]) -> frozenset[int]:
     file = folder / "generation_config.json"
     declared = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = declared if declared is not None else raw.get("eos_token_id", 2)
-    return frozenset(ids if isinstance(ids, list) else [ids])
+    given = declared if declared is not None else raw.get("eos_token_id", 2)
+    ids = given if isinstance(given, list) else [given]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"eos_token_id is {excerpt(given)}; it must be a token id or a list of them.")
+    return frozenset(ids)
 
 
 def _one_of(

@@ -98,8 +98,8 @@ def _flag(name: str, text: str) -> bool:
 
 def _device(name: str, text: str) -> str:
     kind, colon, index = text.lower().partition(":")
-    numbered = kind != "auto" and index.isascii() and index.isdigit() and len(index) < 4
-    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (colon and not numbered):
+    numbered = kind == "cuda" and index.isascii() and index.isdigit() and len(index) < 4
+    if kind not in ("auto", "cpu", "cuda") or (colon and not numbered):
         raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: auto, cpu, cuda or cuda:N.")
     return text.lower()
 

@@ -139,7 +139,7 @@ def _target(url: str, policy: FetchPolicy, *, base: str = "") -> Target:
     if port == 0 or not (policy.allow_private or port in policy.ports):
         raise refused(f"port {port} is not accepted, only {', '.join(map(str, sorted(policy.ports)))}")
     if policy.allowed_hosts is not None and host not in policy.allowed_hosts:
-        raise refused(f"host {excerpt(host, 64)} is not one that this server fetches images from")
+        raise refused(f"host {excerpt(host)} is not one that this server fetches images from")
     return Target(parts.scheme, host, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
 
 

@@ -143,7 +143,8 @@ class AnswerStream:
         self._params = params
         self._limit = limit
         self._cancel = cancel
-        drawn = secrets.randbits(63) if params.seed is None and not params.greedy else params.seed
+        # 32 bits, so that JSON readers with double precision alone (JavaScript) can send it back.
+        drawn = secrets.randbits(32) if params.seed is None and not params.greedy else params.seed
         self.seed: int | None = drawn
         self.finish_reason: FinishReason = "cancelled"
         self.timings = Timings()
@@ -256,7 +257,7 @@ def _out_of_memory_mapped() -> Iterator[None]:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        if "not enough memory" not in str(error):
+        if "allocate memory" not in str(error):
             raise
     else:
         return

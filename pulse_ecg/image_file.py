@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from threading import Lock
 
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
@@ -23,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from pulse_ecg.errors import ImageDecodeError, ImageTooLargeError, PulseError
+from pulse_ecg.errors import ImageDecodeError, ImageTooLargeError, OutOfMemoryError, PulseError
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 20_000
@@ -31,8 +32,16 @@ FORMATS = "JPEG, PNG, GIF, BMP, WebP and TIFF"
 _PIL_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 
 # A progressive JPEG may go over the whole picture again for a hundred bytes: hours of work in 20 MB.  Encoders write
-# about ten scans.  Coded data escapes FF, so that the marker can be counted; a pixel and scan takes about 1 ns.
-_SCAN, _MAX_SCANNED_PIXELS = b"\xff\xda", 2_000_000_000
+# about ten scans; a pixel and scan takes about 1 ns.
+_MAX_SCANNED_PIXELS = 2_000_000_000
+_MAX_MARKERS = 10_000
+# ITU T.81 section B.1.1.2: in coded data FF is escaped (FF00), and FFD0 to FFD7 only restart the decoder.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
+
+# Pillow's lazy files cannot be decoded by two threads at once, and a batch may hold the same one twice.
+_DECODING_CALLERS_IMAGE = Lock()
+
 _MAX_TAGS = 1000
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
@@ -71,6 +80,8 @@ def rgb_from_pil(original: Image.Image) -> Image.Image:
         if isinstance(original, ImageFile) and original.format not in _PIL_FORMATS:
             raise _unlisted()  # loading an EPS would start Ghostscript
         _check_size(original.size)
+        with _DECODING_CALLERS_IMAGE:
+            original.load()
         image = original.copy()  # converting a palette image with transparency would change its palette
         return _rgb(image, _orientation(image.info["exif"]) if "exif" in image.info else _tagged_orientation(original))
 
@@ -113,11 +124,26 @@ def _opened(data: bytes) -> ImageFile:
         raise ImageDecodeError("The TIFF image claims more data than it has.")
     image = plugin(BytesIO(data))
     _check_size(image.size)
-    if plugin is _Jpeg and image.width * image.height * data.count(_SCAN) > _MAX_SCANNED_PIXELS:
+    if plugin is _Jpeg and image.width * image.height * _scans(data) > _MAX_SCANNED_PIXELS:
         raise ImageTooLargeError("The JPEG image has too many scans for its size.")
     if isinstance(image, TiffImageFile):  # a tile may be larger than the image, and is decoded whole
         _check_size((image.tag_v2.get(0x0142, 1), image.tag_v2.get(0x0143, 1)))
     return image
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG's first picture: its segments are walked, so that neither a thumbnail in one of them nor a film
+    behind the picture counts."""
+    scans, at = 0, 2
+    for _ in range(_MAX_MARKERS):
+        found = _MARKER.search(data, at)
+        if found is None or (marker := data[found.end() - 1]) == _END_OF_IMAGE:
+            return scans
+        scans += marker == _START_OF_SCAN
+        at = found.end()
+        if marker not in _WITHOUT_LENGTH:
+            at += int.from_bytes(data[at : at + 2], "big")
+    raise ImageDecodeError("The JPEG image has too many segments.")
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -227,7 +253,7 @@ def _pillow_errors_mapped() -> Iterator[None]:
     """The one place where Pillow's errors become ours.
 
     Every exception is meant: the plug-ins parse hostile bytes and raise whatever they trip over (OSError, SyntaxError,
-    ValueError, struct.error, IndexError, TypeError, MemoryError and more), none of it fit to show.
+    ValueError, struct.error, IndexError, TypeError and more), none of it fit to show.
     """
     try:
         yield
@@ -235,5 +261,9 @@ def _pillow_errors_mapped() -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         raise ImageTooLargeError("The image has too many pixels.") from None
+    except MemoryError:
+        raise OutOfMemoryError("There is no memory left to decode this image now; try again.") from None
     except Exception:  # noqa: BLE001
-        raise ImageDecodeError(f"The image is damaged, incomplete, or not really {FORMATS}.") from None
+        raise ImageDecodeError(
+            f"The image is damaged, incomplete, or not really of a format that is accepted: {FORMATS}."
+        ) from None

@@ -134,8 +134,10 @@ def _boolean(name: str, value: object) -> bool:
 def _stop(name: str, value: object) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     accepted = f"a string or a list of at most {MAX_STOP_STRINGS} strings, none empty"
-    if not isinstance(strings, (list, tuple)) or len(strings) > MAX_STOP_STRINGS:
+    if not isinstance(strings, (list, tuple)):
         raise _refused(name, value, accepted)
+    if len(strings) > MAX_STOP_STRINGS:
+        raise _refused(name, value, f"{accepted}; {len(strings)} were given")
     for string in strings:
         if not isinstance(string, str) or not string:
             raise _refused(name, string, accepted)

@@ -53,7 +53,10 @@ def split_inputs(data: object) -> tuple[list[object], object]:
     """
     if not isinstance(data, Mapping):
         raise RequestError(f"The body must be an object with the key 'inputs', not {excerpt(data)}.")
-    _refuse_unknown(data, ("inputs", "parameters"), "The body")
+    # `options` comes from Hugging Face's own older clients and is about their routing: accepted, without effect.
+    _refuse_unknown(
+        {key: value for key, value in data.items() if key != "options"}, ("inputs", "parameters"), "The body"
+    )
     inputs = data.get("inputs")
     if inputs is None:
         raise RequestError("The body has no 'inputs'. Send a question, or an object with 'query' and 'image'.")
@@ -130,6 +133,8 @@ def _chat_request(value: Mapping[object, object], params: GenerationParams) -> A
         if found and role != "user":
             raise RequestError(f"messages[{index}] has an image; images are accepted in user messages alone.")
         images += found
+        if found and not text.strip():
+            text = DEFAULT_QUESTION
         if role in ("system", "developer"):
             if index:
                 raise RequestError(
@@ -145,8 +150,6 @@ def _chat_request(value: Mapping[object, object], params: GenerationParams) -> A
         raise RequestError(f"'messages' holds {len(images)} images; one image per chat is accepted.")
     if len(turns) % 2 == 0:
         raise RequestError("'messages' must end with a message of the role 'user'.")
-    if images and not turns[0].text.strip():
-        turns[0] = Turn("user", DEFAULT_QUESTION)
     if any(not turn.text.strip() for turn in turns):
         raise RequestError("'messages' holds a message without text.")
     return AnalysisRequest(Conversation(tuple(turns), system), images[0] if images else None, params, "chat")

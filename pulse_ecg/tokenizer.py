@@ -38,10 +38,10 @@ class Tokenizer:
         self._guard_length = len(self._pieces.encode(_GUARD))
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
-        self._size: int = self._pieces.get_piece_size()
-        controls = {i for i in range(self._size) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
+        self.size: int = self._pieces.get_piece_size()
+        controls = {i for i in range(self.size) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
         self._special = frozenset(controls) | special_ids
-        self.longest_piece = max(len(self._pieces.id_to_piece(i)) for i in range(self._size))
+        self.longest_piece = max(len(self._pieces.id_to_piece(i)) for i in range(self.size))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -89,7 +89,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token stands for no text (BOS, EOS, unknown, padding, or an id past the vocabulary)."""
-        return token_id in self._special or not 0 <= token_id < self._size
+        return token_id in self._special or not 0 <= token_id < self.size
 
     def byte_value(self, token_id: int) -> int | None:
         """The byte that a byte-fallback token such as ``<0xC5>`` stands for, or None for any other token."""

@@ -121,7 +121,7 @@ def _lookup(target: Target, *, allow_private: bool, deadline: Deadline) -> list[
     if thread.is_alive():
         raise TimeoutError
     if not answers:
-        raise ImageFetchError(f"The image URL's host {excerpt(target.host, 64)} was not found.")
+        raise ImageFetchError(f"The image URL's host {excerpt(target.host)} was not found.")
     if any("%" in address for address in answers):
         raise refused("its host has a scoped address")
     if not (allow_private or all(map(address_is_public, answers))):

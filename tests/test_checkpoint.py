@@ -191,13 +191,73 @@ def test_a_missing_file_stops_the_start_and_is_named(file: str, folder: Path) ->
         ({"image_grid_pinpoints": [[336, 500]]}, "image_grid_pinpoints"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
         ({"image_grid_pinpoints": "__import__('os')"}, "config.json"),
-        ({"num_attention_heads": "many"}, "config.json"),
+        ({"num_attention_heads": "many"}, "num_attention_heads"),
+        ({"hidden_size": 128.5}, "hidden_size"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"eos_token_id": "2"}, "eos_token_id"),
+        ({"eos_token_id": ["2"]}, "eos_token_id"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"mm_vision_select_feature": "cls_patch", "mm_patch_merge_type": "spatial"}, "cls_patch"),
+        ({"vocab_size": 700}, "vocab_size"),
     ],
 )
 def test_a_config_that_fits_no_model_is_refused(values: dict[str, object], named: str, folder: Path) -> None:
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=named):
         load_model(folder, CPU)
+
+
+@pytest.mark.parametrize("step", ["do_resize", "do_center_crop", "do_rescale", "do_normalize"])
+def test_a_preprocessing_step_that_is_off_is_refused_rather_than_ignored(step: str, folder: Path) -> None:
+    file = folder / "vision_tower" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {step: False}), "utf-8")
+    with pytest.raises(CheckpointError, match=step):
+        load_model(folder, CPU)
+
+
+def test_the_towers_config_may_be_nested_as_clips_own_is(folder: Path) -> None:
+    before = CheckpointConfig.from_folder(folder).vision.to_dict()
+    file = folder / "vision_tower" / "config.json"
+    file.write_text(json.dumps({"model_type": "clip", "vision_config": json.loads(file.read_text("utf-8"))}), "utf-8")
+    assert CheckpointConfig.from_folder(folder).vision.to_dict() == before
+
+
+def test_a_tensor_in_two_files_is_refused_and_named(folder: Path) -> None:
+    (folder / checkpoint.INDEX_FILE).unlink()
+    save_file({"model.norm.weight": torch.zeros(128)}, folder / "more.safetensors")
+    with pytest.raises(CheckpointError, match="'model.norm.weight' is in two"):
+        load_model(folder, CPU)
+
+
+def test_tensors_that_are_no_floats_are_refused_and_named(folder: Path) -> None:
+    """Weights of a quantised checkpoint would load as plain numbers."""
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(128, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is stored as I8"):
+        load_model(folder, CPU)
+
+
+def test_files_are_mapped_anew_before_their_pages_pile_up(
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_WINDOW_BYTES", 100_000)
+    file = sorted(demo_checkpoint.glob("*.safetensors"))[0]
+    with safe_open(file, framework="pt") as shard:
+        names = list(shard.keys())
+        sizes = {name: 4 * torch.Size(shard.get_slice(name).get_shape()).numel() for name in names}
+    groups = checkpoint._windows(file, dict.fromkeys(names))
+    assert sorted(name for group in groups for name in group) == sorted(names)
+    assert len(groups) > 3
+    assert all(sum(sizes[name] for name in group[:-1]) < 100_000 for group in groups)
+
+
+@pytest.mark.parametrize("path", ["missing", "config.json"])
+def test_a_path_that_is_no_folder_is_refused_before_anything_is_downloaded(
+    path: str, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match=f"no folder: '{path}'"):
+        load_model(demo_checkpoint / path, CPU)
 
 
 def test_pinpoints_may_be_written_as_text(folder: Path) -> None:
@@ -291,4 +351,4 @@ def test_safetensors_are_mapped_not_copied_where_the_dtype_fits(tmp_path: Path) 
         assert torch.equal(file.get_tensor("lm_head.weight"), model.network.language_model.lm_head.weight)
     maps = Path("/proc/self/maps")
     if maps.is_file():
-        assert "model.safetensors" in maps.read_text()
+        assert str(folder / "model.safetensors") in maps.read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,7 @@ def test_without_a_seed_answers_vary_and_can_be_repeated(analyzer: EcgAnalyzer) 
     first, second = ask(analyzer, params), ask(analyzer, params)
     assert first.token_ids != second.token_ids
     assert ask(analyzer, replace(params, seed=first.seed)).token_ids == first.token_ids
+    assert first.seed is not None and 0 <= first.seed < 2**53  # JavaScript's numbers are exact so far
 
 
 @pytest.mark.parametrize(
@@ -215,22 +218,21 @@ def test_the_language_model_head_sees_one_position_at_a_time(
     assert len(shapes) == len(set(shapes)) * len(shapes) and shapes[0].numel() == model.config.llama.hidden_size
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory at /secret"),
-        RuntimeError("[enforce fail] not enough memory: you tried"),
-    ],
-)
-def test_out_of_memory_fails_the_request_alone(
-    analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
-) -> None:
-    def fail(*_: object) -> torch.Tensor:
-        raise error
+def out_of_gpu_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory at /secret")
 
+
+def out_of_cpu_memory(*_: object) -> torch.Tensor:
+    return torch.empty(10**15)  # torch's own refusal, in its own words
+
+
+@pytest.mark.parametrize("forward", [out_of_gpu_memory, out_of_cpu_memory])
+def test_out_of_memory_fails_the_request_alone(
+    analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch, forward: Any
+) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(AnswerStream, "_forward", fail)
-        with pytest.raises(OutOfMemoryError) as caught:
+        broken.setattr(AnswerStream, "_forward", forward)
+        with pytest.raises(OutOfMemoryError, match="no memory left") as caught:
             ask(analyzer, GREEDY)
     assert "secret" not in str(caught.value)
     assert ask(analyzer, GREEDY).text
@@ -290,3 +292,28 @@ def test_an_image_object_is_answered_like_its_file(analyzer: EcgAnalyzer) -> Non
         analyzer.analyze(request).generation.token_ids
         == ask(analyzer, GREEDY, picture(), request.conversation.question).token_ids
     )
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cores(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pulse_ecg import analyzer as module
+
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    analyzer, lock = EcgAnalyzer(model, FetchPolicy()), threading.Lock()
+    now, most, cut = 0, 0, module.tile_image
+
+    def counted(*given: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return cut(*given)
+
+    monkeypatch.setattr(module, "tile_image", counted)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda seed: prompt_for(analyzer, picture(seed)), range(8)))
+    assert most == 2

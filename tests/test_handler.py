@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,40 @@ def test_a_batch_equals_its_items_alone_in_order(handler: Any, sample_png: bytes
     assert ask(handler, items) == [ask(handler, item)[0] for item in items]
 
 
+def test_one_lazily_opened_image_may_stand_in_a_batch_many_times(handler: Any, sample_png: bytes) -> None:
+    with Image.open(BytesIO(sample_png)) as image:
+        records = ask(handler, [image] * 6, max_new_tokens=1)
+    assert records == [records[0]] * 6
+    assert "error" not in records[0]
+
+
+def test_the_device_answers_one_at_a_time(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, answer = threading.Lock(), handler._analyzer.answer
+
+    def alone(prepared: Any) -> Any:
+        assert busy.acquire(blocking=False), "two at once"
+        try:
+            time.sleep(0.02)
+            return answer(prepared)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(handler._analyzer, "answer", alone)
+    records = ask(handler, ["a", "b", "c", "d"], max_new_tokens=1)
+    assert not any("error" in record for record in records)
+
+
+def test_waiting_for_the_device_counts_as_queueing(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pulse.requests")
+    with handler._device_turn:
+        waiting = threading.Thread(target=ask, args=(handler, "Rate?"))
+        waiting.start()
+        time.sleep(0.3)
+    waiting.join()
+    line = json.loads(caplog.records[-1].getMessage())
+    assert 0.25 < line["seconds"]["queue"] <= line["seconds"]["total"]
+
+
 def test_a_bad_item_leaves_the_others_alone(handler: Any) -> None:
     records = ask(handler, ["Rate?", {"image": "?"}, None, ["nested"], "Axis?"])
     assert ["error" in record for record in records] == [False, True, True, True, False]
@@ -350,6 +385,15 @@ def test_a_bad_variable_stops_the_start(
 ) -> None:
     monkeypatch.setenv("PULSE_DTYPE", "float8")
     with pytest.raises(ConfigurationError, match="PULSE_DTYPE"):
+        fresh_handler(str(demo_checkpoint))
+
+
+def test_a_bad_policy_stops_the_start_before_the_weights_are_read(
+    fresh_handler: Any, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PULSE_ALLOWED_IMAGE_HOSTS", "images.example.org:8080")
+    monkeypatch.setattr("handler.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ConfigurationError, match="PULSE_ALLOWED_IMAGE_HOSTS"):
         fresh_handler(str(demo_checkpoint))
 
 

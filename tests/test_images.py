@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from pulse_ecg.errors import ImageDecodeError, ImageError, ImageTooLargeError, ImageUrlRefusedError, PulseError
+from pulse_ecg.errors import (
+    ImageDecodeError,
+    ImageError,
+    ImageTooLargeError,
+    ImageUrlRefusedError,
+    OutOfMemoryError,
+    PulseError,
+)
 from pulse_ecg.fetch import FetchPolicy
 from pulse_ecg.image_file import decode_image
 from pulse_ecg.images import DecodedImage, EncodedImage, UrlImage, image_bytes, image_source, load_image
@@ -628,7 +635,7 @@ def test_no_other_plug_in_is_imported() -> None:
 
 RAISED = [
     *(OSError, EOFError, SyntaxError, ValueError, OverflowError, IndexError, KeyError, TypeError, ZeroDivisionError),
-    *(MemoryError, RuntimeError, RecursionError, AttributeError, AssertionError, NotImplementedError, UserWarning),
+    *(RuntimeError, RecursionError, AttributeError, AssertionError, NotImplementedError, UserWarning),
     *(struct.error, zlib.error),
 ]
 
@@ -640,6 +647,15 @@ def test_whatever_pillow_raises_becomes_ours(kind: type[Exception], monkeypatch:
 
     monkeypatch.setattr(PngImageFile, "_open", fail)
     refusal(BASE64, ImageDecodeError)
+
+
+def test_too_little_memory_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PngImageFile, "load", fail)
+        refusal(BASE64, OutOfMemoryError)
 
 
 def test_pillows_own_bomb_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,3 +710,26 @@ def test_any_text_gives_an_image_or_our_error(text: str) -> None:
         assert len(str(error)) < 250
         return
     assert image.mode == "RGB"
+
+
+def test_only_the_pictures_own_scans_count() -> None:
+    """Phones append a film to a picture (motion photos); its bytes hold any marker, as may a thumbnail's."""
+    file = io.BytesIO()
+    noise = Image.effect_noise((1200, 900), 90).convert("RGB")
+    noise.save(file, "JPEG", quality=90)
+    picture = file.getvalue()
+    film = b"\xff\xda" * 100_000
+    thumbnail = b"\xff\xe7" + (20_002).to_bytes(2, "big") + b"\xff\xda" * 10_000
+    expected = decode_image(picture)
+    assert decode_image(picture + film).tobytes() == expected.tobytes()
+    assert decode_image(picture[:2] + thumbnail + picture[2:]).tobytes() == expected.tobytes()
+
+
+def test_a_jpeg_of_markers_alone_is_refused_at_once() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    picture = file.getvalue()
+    started = time.perf_counter()
+    with pytest.raises(ImageDecodeError):
+        decode_image(picture[:2] + b"\xff\x01" * 9_000_000 + picture[2:])
+    assert time.perf_counter() - started < 2

@@ -77,7 +77,7 @@ def test_ten_thousand_requests_are_counted_exactly_and_leave_nothing_behind() ->
 def test_text_and_snapshot_say_the_same() -> None:
     monitor = PerformanceMonitor(gpu_memory=lambda: {"allocated": 2**30})
     drive(monitor, 100)
-    monitor.set_queue_size(3)
+    monitor.watch_queue(lambda: 3)
     families = {family.name: family for family in text_string_to_metric_families(monitor.prometheus_text())}
     snapshot = json.loads(json.dumps(monitor.snapshot()))
     total = sum(sample.value for sample in families["pulse_requests"].samples if sample.name.endswith("_total"))

@@ -89,7 +89,7 @@ def test_the_largest_batch() -> None:
         ({"inputs": []}, "'inputs' is an empty list"),
         ({"input": "x"}, "unknown key 'input'. Did you mean 'inputs'?"),
         ({"inputs": "x", "Parameters": {}}, "unknown key 'Parameters'. Did you mean 'parameters'?"),
-        ({"inputs": "x", "options": {}}, "unknown key 'options'"),
+        ({"inputs": "x", "option": {}}, "unknown key 'option'"),
         ({"inputs": "x", 5: 6}, "unknown key 5"),
     ],
     ids=str,
@@ -492,3 +492,14 @@ def test_a_bad_item_of_a_batch_fails_alone(quick_handler: EndpointHandler, sampl
     records = quick_handler({"inputs": batch, "parameters": {"enable_turkish_commentary": False, "do_sample": False}})
     assert [record.get("success", True) for record in records] == [True, False, True, False, True]
     assert records[0] == records[4]
+
+
+def test_a_later_image_without_a_question_gets_the_default_one(params: GenerationParams) -> None:
+    shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/ecg.png"}}]}
+    chat = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}, shown]
+    request = parse_input({"messages": chat}, params)
+    assert request.conversation.question == DEFAULT_QUESTION
+
+
+def test_the_options_of_older_clients_change_nothing() -> None:
+    assert split_inputs({"inputs": "x", "options": {"wait_for_model": True}}) == split_inputs({"inputs": "x"})

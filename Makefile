@@ -30,8 +30,10 @@ lint: .venv/complete ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/complete ## start, answer, memory and preprocessing of the demo
+bench: .venv/complete ## start, answer, memory and preprocessing of the demo; loading of about 1 GB
 	.venv/bin/python -m benchmarks.bench_demo
+	.venv/bin/python -m benchmarks.bench_loading --dtype float16
+	.venv/bin/python -m benchmarks.bench_loading --dtype float32
 
 clean: ## remove what the targets above made
 	rm -rf build .venv .venv-oldest .venv-oracle

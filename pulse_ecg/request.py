@@ -114,7 +114,8 @@ def _query_request(value: Mapping[object, object], params: GenerationParams) -> 
     question_key, question = _only_one(spoken, _QUESTION_KEYS)
     if question is not None and not isinstance(question, str):
         raise RequestError(f"'{question_key}' must be a string, not {excerpt(question)}.")
-    source = image_source(image) if image_key else None
+    # A key that is there and holds null is an image that went missing on its way, not a question without one.
+    source = image_source(image) if image_key or any(key in value for key in _IMAGE_KEYS) else None
     if question is None:
         if source is None:
             raise RequestError("'inputs' holds neither a question ('query') nor an image ('image').")

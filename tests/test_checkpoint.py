@@ -125,7 +125,8 @@ def test_computed_buffers_of_older_files_are_no_weights(folder: Path) -> None:
         TOWER + "embeddings.position_ids": torch.arange(37)[None],
     }
     edit_tensors(folder, lambda tensors: tensors.update(old))
-    load_model(folder, CPU)
+    frequencies = load_model(folder, CPU).network.language_model.model.rotary_emb.inv_freq
+    assert frequencies[0] == 1  # computed, not the file's zeros
 
 
 def test_the_newline_is_needed_by_spatial_unpad_alone(folder: Path) -> None:
@@ -317,9 +318,13 @@ def test_progress_is_shown(demo_checkpoint: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_nothing_of_the_checkpoint_is_executed(folder: Path) -> None:
-    (folder / "modeling_llava.py").write_text("raise SystemExit('run')")
-    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llava.Model"})
+    trace = folder / "was_run"
+    (folder / "modeling_llava.py").write_text(f"open({str(trace)!r}, 'w')")
+    edit_config(
+        folder, auto_map={"AutoModelForCausalLM": "modeling_llava.Model", "AutoConfig": "modeling_llava.Config"}
+    )
     load_model(folder, CPU)
+    assert not trace.exists()
 
 
 def test_startup_errors_are_of_our_tree(tmp_path: Path) -> None:

@@ -199,8 +199,13 @@ def test_cancelling_ends_within_a_token(analyzer: EcgAnalyzer) -> None:
 def test_nothing_is_computed_before_the_first_token_is_asked_for(
     analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AnswerStream, "_embed", lambda _: pytest.fail("computed"))
+    computed: list[object] = []
+    embed = AnswerStream._embed
+    monkeypatch.setattr(AnswerStream, "_embed", lambda stream: computed.append(stream) or embed(stream))
     stream = analyzer.stream(analyzer.prepare(parse_input("Rate?", GREEDY)))
+    assert not computed
+    next(iter(stream))
+    assert computed == [stream]
     stream.close()
 
 

@@ -579,6 +579,9 @@ def secure(internet: Internet, certificate: Path, monkeypatch: pytest.MonkeyPatc
     context.sni_callback = lambda _socket, name, _context: image_host.requests.append(f"SNI {name}")
     internet.hosts[PUBLIC] = image_host
     monkeypatch.setattr(requests.adapters, "DEFAULT_CA_BUNDLE_PATH", str(certificate))
+    if hasattr(requests.adapters, "_preloaded_ssl_context"):  # requests 2.32.3 read the bundle when imported
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        monkeypatch.setattr(requests.adapters, "_preloaded_ssl_context", trusting)
     yield image_host
     image_host.close()
 

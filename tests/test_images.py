@@ -570,6 +570,7 @@ DISGUISED = {
     **{
         kind: saved(picture(), kind)
         for kind in ("ICO", "PCX", "TGA", "SGI", "DDS", "ICNS", "JPEG2000", "AVIF", "EPS", "PDF")
+        if kind in Image.SAVE or kind != "AVIF"  # which older Pillows cannot write
     },
 }
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from commentary.faithfulness import check
 from commentary.loop import LoopThread
@@ -17,8 +16,11 @@ from commentary.reply import Reply, ServiceError
 from commentary.text import clean
 from pulse_ecg.config import Settings
 
-if TYPE_CHECKING:
-    from commentary.service import ChatService
+_MISSING = ""
+try:  # with the other libraries, before the start: it takes most of a second
+    from commentary import service
+except Exception as error:  # noqa: BLE001 - a foreign package's fault must not stop the endpoint's start
+    _MISSING = (error.name if isinstance(error, ImportError) else None) or f"openai ({type(error).__name__})"
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +40,16 @@ class DeepSeekClient:
         settings = settings or Settings.from_env()
         self.model = settings.commentary_model
         self._loop = LoopThread("commentary")
-        self._service: ChatService | None = None
+        self._service: service.ChatService | None = None
         self._refused_key = False
         key = settings.commentary_key
         if key:
             self._refused_key = not (key.isascii() and key.isprintable() and " " not in key)
+        if _MISSING:
+            raise ImportError("The openai package could not be loaded.", name=_MISSING)
         try:
-            from commentary.service import ChatService  # noqa: PLC0415 - the one import that needs the openai package
-
             if key and not self._refused_key:
-                self._service = ChatService(
+                self._service = service.ChatService(
                     api_key=key,
                     base_url=settings.commentary_base_url,
                     model=self.model,

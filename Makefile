@@ -5,7 +5,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Threads that wait for each other sleep instead of spinning: small models on shared cores are several times faster.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-oldest parity parity-oldest lint bench clean
+.PHONY: help demo test test-oldest parity parity-oldest lint bench third-party clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,8 +35,11 @@ bench: .venv/complete ## start, answer, memory and preprocessing of the demo; lo
 	.venv/bin/python -m benchmarks.bench_loading --dtype float16
 	.venv/bin/python -m benchmarks.bench_loading --dtype float32
 
+third-party: .venv/complete ## the commentary client against a server that is not ours, transformers serve
+	.venv/bin/python scripts/show_third_party_service.py
+
 clean: ## remove what the targets above made
-	rm -rf build .venv .venv-oldest .venv-oracle
+	rm -rf build .venv .venv-oldest .venv-oracle .venv-serving
 
 define environment
 @echo "Installing the environment $(1) (a few minutes the first time)"

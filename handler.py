@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent
@@ -22,21 +22,37 @@ if str(_ROOT) not in sys.path:
     sys.path.insert(0, str(_ROOT))
 
 from pulse_ecg.admission import Admission  # noqa: E402
-from pulse_ecg.analyzer import Analysis, EcgAnalyzer  # noqa: E402
+from pulse_ecg.analyzer import Analysis, EcgAnalyzer, PreparedRequest  # noqa: E402
+from pulse_ecg.call import (  # noqa: E402
+    PROCESSING_METHOD,
+    Answered,
+    Call,
+    Outcome,
+    Record,
+    Started,
+    TextPiece,
+    error_outcome,
+    unheard,
+)
 from pulse_ecg.checkpoint import load_model  # noqa: E402
 from pulse_ecg.config import Settings  # noqa: E402
-from pulse_ecg.errors import PulseError  # noqa: E402
+from pulse_ecg.device import in_passing_thread  # noqa: E402
+from pulse_ecg.engines import start_engine  # noqa: E402
+from pulse_ecg.errors import PulseError, RequestCancelledError, place_of  # noqa: E402
 from pulse_ecg.fetch import FetchPolicy  # noqa: E402
 from pulse_ecg.params import GenerationParams, load_defaults  # noqa: E402
 from pulse_ecg.request import parse_input, split_inputs  # noqa: E402
-from utils import Commentary, DeepSeekClient, PerformanceMonitor, RequestReport, outcome_of  # noqa: E402
+from pulse_ecg.stock_container import admit_requests  # noqa: E402
+from utils import (  # noqa: E402
+    Commentary,
+    DeepSeekClient,
+    PerformanceMonitor,
+    RequestReport,
+    new_request_id,
+    outcome_of,
+)
 
 logger = logging.getLogger("pulse_ecg.handler")
-
-Record = dict[str, Any]
-
-HANDLER_NAME = "Ubden® Team Enhanced Handler"
-PROCESSING_METHOD = "pipeline"
 
 # What the monitor calls the stages of `details.timings`.
 _MONITORED_STAGES = {"image_fetch": "fetch", "image_decode": "decode"}
@@ -59,14 +75,37 @@ class EndpointHandler:
         self._settings = Settings.from_env()
         self._defaults = load_defaults(_ROOT)
         policy = FetchPolicy.from_settings(self._settings)
-        model = load_model(path or _ROOT, self._settings)
-        self._analyzer = EcgAnalyzer(model, policy)
+        model = in_passing_thread(partial(load_model, path or _ROOT, self._settings))
+        engine = in_passing_thread(partial(start_engine, model, self._settings))
+        self._analyzer = EcgAnalyzer(model, policy, engine=engine)
         self._commentary = _commentary_client(self._settings)
         self._admission = Admission(self._settings.max_concurrent_requests, self._settings.max_queued_requests)
-        self._device_turn = Lock()
+        # An input that is worked on may hold an image of 20 MB: the items of all batches hold no more than single ones.
+        self._in_work = Admission(self._settings.max_concurrent_requests + self._settings.max_queued_requests, 0)
         self.monitor = PerformanceMonitor(gpu_memory=model.device_memory)
         self.monitor.watch_queue(lambda: self._admission.waiting)
+        self._analyzer.warm_up()
+        admit_requests(self._settings.max_concurrent_requests)
         logger.info("Ready after %.1f s.", time.perf_counter() - started)
+
+    @property
+    def admission(self) -> Admission:
+        """Who is worked on and who waits, for a host that shows it."""
+        return self._admission
+
+    @property
+    def alive(self) -> bool:
+        """Whether its engine can still answer; once false, the process is to be replaced."""
+        return self._analyzer.engine_alive
+
+    def close(self) -> None:
+        """End the engine, with processes of its own where it has any; for a host that is about to exit abruptly."""
+        self._analyzer.close()
+
+    @property
+    def model_name(self) -> str:
+        """What records call the model."""
+        return self._analyzer.model.config.name
 
     def __call__(self, data: Any) -> list[Record]:
         """Answer a request body; one record per input, in order.  Never raises for what a caller sent.
@@ -74,84 +113,109 @@ class EndpointHandler:
         Args:
             data: ``{"inputs": …, "parameters": {…}}`` with the forms and parameters that README.md lists.
         """
-        inputs: list[object] = [None]
-        arrived = time.perf_counter()
+        return [outcome.record for outcome in self.respond(data)]
+
+    def respond(self, data: Any, call: Call | None = None) -> list[Outcome]:
+        """The same for a host that has HTTP statuses, shows answers as they grow, or may hang up: see :class:`Call`.
+
+        Images are fetched and commentaries asked for side by side, and without a place among the running answers.
+        """
+        call = replace(call or Call(), request_id=new_request_id(call.request_id if call else None))
+        arrived, inputs = time.perf_counter(), list[object]([None])
         try:
             inputs, parameters = split_inputs(data)
             params = self._defaults.updated(parameters)
-            with self._admission.admitted(), self.monitor.active():
-                return self._records(inputs, params, arrived)
+            with self._admission.admitted(call.cancel):
+                self.monitor.observe_batch(len(inputs))
+                attempts = [_Attempt(item, params, call, self._report(call, len(inputs)), arrived) for item in inputs]
+                _side_by_side(self._answer, attempts, at_once=self._settings.max_concurrent_requests)
         except PulseError as error:
-            return [self._refused(error, arrived) for _ in inputs]
-
-    def _records(self, inputs: list[object], params: GenerationParams, arrived: float) -> list[Record]:
-        """Images are fetched and commentaries asked for side by side; the device answers one at a time."""
-        self.monitor.observe_batch(len(inputs))
-        if len(inputs) == 1:
-            return [self._record(inputs[0], params, arrived)]
-        with ThreadPoolExecutor(min(len(inputs), self._settings.max_concurrent_requests)) as threads:
-            return list(threads.map(lambda item: self._record(item, params, arrived, len(inputs)), inputs))
-
-    def _record(self, item: object, params: GenerationParams, arrived: float, batch_size: int = 1) -> Record:
-        """The record of one input.  The host's boundary: whatever fails here fails this input alone."""
-        report = self._report(batch_size)
-        report.timings_s["queue"] = time.perf_counter() - arrived
-        try:
-            return self._answered(item, params, report)
-        except PulseError as error:
-            report.outcome = outcome_of(error.status)
-            return self._error_record(str(error))
-        except Exception as error:  # noqa: BLE001 - the boundary
-            # Type and place alone: the message of a foreign error can hold what the caller sent.
-            frames = reversed(traceback.extract_tb(error.__traceback__))
-            place = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-            logger.error("request_id=%s %s at %s", report.request_id, type(error).__name__, place)
-            return self._error_record(f"An internal error stopped this request (reference {report.request_id}).")
-        finally:
-            report.timings_s["total"] = time.perf_counter() - arrived
-            self.monitor.finish(report)
-
-    def _answered(self, item: object, params: GenerationParams, report: RequestReport) -> Record:
-        """Parse, prepare, answer, comment; fills the report on the way."""
-        request = parse_input(item, params)
-        report.form, report.image_source = request.form, request.image.kind if request.image else "none"
-        prepared = self._analyzer.prepare(request)
-        report.image_bytes = prepared.image_bytes
-        with self._turn(report):
-            analysis = self._analyzer.answer(prepared)
-        timings = dict(analysis.timings)
-        record = self._success_record(analysis, params)
+            return [self._refused(error, call, arrived) for _ in inputs]
         if params.enable_turkish_commentary:
-            started = time.perf_counter()
-            commentary = self._comment(analysis.text, params.deepseek_timeout)
-            timings["commentary"] = time.perf_counter() - started
-            record |= commentary.record_fields()
-            report.commentary_status, report.commentary_tokens = commentary.status, commentary.tokens_spent
-        if params.details:
-            record["details"] = self._details(analysis, timings)
-        self._complete(report, analysis, timings)
-        return record
+            self._comment(attempts, call)
+        return [self._complete(attempt) for attempt in attempts]
+
+    def _answer(self, attempt: _Attempt) -> None:
+        """Parse, prepare, wait for a place, generate."""
+        call, report = attempt.call, attempt.report
+        with _boundary(attempt), self._in_work.place(cancel=call.cancel, deadline=call.deadline):
+            report.timings_s["queue"] = time.perf_counter() - attempt.arrived
+            request = parse_input(attempt.item, attempt.params)
+            report.form, report.image_source = request.form, request.image.kind if request.image else "none"
+            prepared = self._analyzer.prepare(request)
+            report.image_bytes = prepared.image_bytes
+            call.listen(Started(self.model_name))
+            with self._place(attempt):
+                analysis = attempt.analysis = self._generated(prepared, call)
+            report.timings_s["queue"] += analysis.timings["queue"]
+            analysis.timings["queue"] = report.timings_s["queue"]
+            _note(report, analysis)
+            call.listen(Answered(self._record(analysis, attempt.params)))
 
     @contextmanager
-    def _turn(self, report: RequestReport) -> Iterator[None]:
-        """Hold the device; the wait for it counts as queueing."""
-        waiting = time.perf_counter()
-        with self._device_turn:
-            report.timings_s["queue"] += time.perf_counter() - waiting
+    def _place(self, attempt: _Attempt) -> Iterator[None]:
+        """A place among the running answers; the wait for it counts as queueing."""
+        call, waiting = attempt.call, time.perf_counter()
+        with self._admission.place(cancel=call.cancel, deadline=call.deadline), self.monitor.active():
+            attempt.report.timings_s["queue"] += time.perf_counter() - waiting
             yield
 
-    def _comment(self, answer: str, timeout_s: float) -> Commentary:
-        """The commentary on an answer.  The answer alone leaves the machine: no image, no question."""
+    def _generated(self, prepared: PreparedRequest, call: Call) -> Analysis:
+        """The answer, told piece by piece if somebody listens."""
+        tell = None if call.listen is unheard else (lambda text: call.listen(TextPiece(text)))
+        analysis = self._analyzer.answer(prepared, cancel=call.cancel, deadline=call.deadline, tell=tell)
+        if analysis.generation.finish_reason == "cancelled":
+            raise RequestCancelledError("The request was cancelled while it was answered.")
+        return analysis
+
+    def _comment(self, attempts: Sequence[_Attempt], call: Call) -> None:
+        """Ask for the commentaries on what was answered, side by side."""
+        answered = [(attempt, attempt.analysis) for attempt in attempts if attempt.analysis and not attempt.error]
+        if not answered:
+            return
+        started = time.perf_counter()
+        texts = [analysis.text for _, analysis in answered]
+        commentaries = self._commentaries(texts, attempts[0].params.deepseek_timeout, call)
+        seconds = time.perf_counter() - started
+        for (attempt, analysis), commentary in zip(answered, commentaries, strict=True):
+            attempt.commentary, report = commentary, attempt.report
+            report.timings_s["commentary"] = analysis.timings["commentary"] = seconds
+            report.commentary_status, report.commentary_tokens = commentary.status, commentary.tokens_spent
+            if call.cancel.is_set():
+                attempt.error = RequestCancelledError("The request was cancelled while it waited for its commentary.")
+
+    def _commentaries(self, answers: list[str], timeout_s: float, call: Call) -> list[Commentary]:
+        """One for each answer, whatever happens.  The answers alone leave the machine: no image, no question."""
+        model = self._settings.commentary_model
         if self._commentary is None:
-            return Commentary.unavailable(self._settings.commentary_model)
-        return self._commentary.comment(answer, timeout_s=timeout_s)
+            return [Commentary.unavailable(model)] * len(answers)
+        if call.deadline is not None:
+            timeout_s = max(0.0, min(timeout_s, call.deadline - time.monotonic()))
+        try:
+            return self._commentary.comment_all(answers, timeout_s=timeout_s, cancel=call.cancel)
+        except Exception as error:  # noqa: BLE001 - a boundary: the English answers do not fail with it
+            logger.error("request_id=%s %s", call.request_id, place_of(error))
+            return [Commentary("failed", model=model, error="The commentary could not be made.")] * len(answers)
 
-    def _success_record(self, analysis: Analysis, params: GenerationParams) -> Record:
+    def _complete(self, attempt: _Attempt) -> Outcome:
+        """Close the books."""
+        report, error = attempt.report, attempt.error
+        report.outcome = outcome_of(error.status if error else 200)
+        report.timings_s["total"] = time.perf_counter() - attempt.arrived
+        self.monitor.finish(report)
+        if error:
+            return error_outcome(error, self.model_name)
+        assert attempt.analysis is not None
+        return Outcome(self._record(attempt.analysis, attempt.params, attempt.commentary))
+
+    def _record(self, analysis: Analysis, params: GenerationParams, commentary: Commentary | None = None) -> Record:
         text = f"{analysis.question}\n{analysis.text}" if params.return_full_text else analysis.text
-        name = self._analyzer.model.config.name
-        return {"generated_text": text, "model": name, "processing_method": PROCESSING_METHOD}
+        record = {"generated_text": text, "model": self.model_name, "processing_method": PROCESSING_METHOD}
+        commented = commentary.record_fields() if commentary else {}
+        details = {"details": self._details(analysis)} if params.details else {}
+        return record | commented | details
 
-    def _details(self, analysis: Analysis, timings: dict[str, float]) -> Record:
+    def _details(self, analysis: Analysis) -> Record:
         generation = analysis.generation
         return {
             "finish_reason": generation.finish_reason,
@@ -159,45 +223,73 @@ class EndpointHandler:
             "image_tokens": analysis.prompt.image_tokens,
             "generated_tokens": len(generation.token_ids),
             "seed": generation.seed,
-            "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
-            "engine": self._settings.engine,
+            "timings": {stage: round(seconds, 6) for stage, seconds in analysis.timings.items()},
+            "engine": self._settings.engine_name,
             "model_revision": self._analyzer.model.revision,
         }
 
-    def _complete(self, report: RequestReport, analysis: Analysis, timings: dict[str, float]) -> None:
-        """What the monitor is to know of an answer: sizes and times, never content."""
-        generation, prompt = analysis.generation, analysis.prompt
-        report.outcome, report.finish_reason = "ok", generation.finish_reason
-        report.prompt_tokens, report.image_tokens = prompt.length, prompt.image_tokens
-        report.generated_tokens = len(generation.token_ids)
-        if prompt.image:
-            report.image_width, report.image_height = prompt.image.tiles.image_size
-        report.timings_s |= {
-            _MONITORED_STAGES.get(stage, stage): s for stage, s in timings.items() if stage != "decode"
-        }
-        if len(generation.token_ids) > 1:  # the first token comes with the prefill
-            report.timings_s["token"] = timings["decode"] / (len(generation.token_ids) - 1)
+    def _refused(self, error: PulseError, call: Call, arrived: float) -> Outcome:
+        """What comes of an input whose request was refused as a whole."""
+        return self._complete(_Attempt(None, self._defaults, call, self._report(call, 1), arrived, error=error))
 
-    def _refused(self, error: PulseError, arrived: float) -> Record:
-        """The record of an input whose request was refused as a whole."""
-        report = self._report()
-        report.outcome = outcome_of(error.status)
-        report.timings_s["total"] = time.perf_counter() - arrived
-        self.monitor.finish(report)
-        return self._error_record(str(error))
+    def _report(self, call: Call, batch_size: int) -> RequestReport:
+        return RequestReport(
+            request_id=new_request_id(call.request_id),
+            engine=self._settings.engine_name,
+            model_revision=self._analyzer.model.revision,
+            batch_size=batch_size,
+        )
 
-    def _report(self, batch_size: int = 1) -> RequestReport:
-        revision = self._analyzer.model.revision
-        return RequestReport(engine=self._settings.engine, model_revision=revision, batch_size=batch_size)
 
-    def _error_record(self, message: str) -> Record:
-        return {
-            "generated_text": "",
-            "error": message,
-            "model": self._analyzer.model.config.name,
-            "handler": HANDLER_NAME,
-            "success": False,
-        }
+@dataclass
+class _Attempt:
+    """One input on its way to its outcome: what is known of it so far."""
+
+    item: object = field(repr=False)
+    params: GenerationParams
+    call: Call
+    report: RequestReport
+    arrived: float
+    analysis: Analysis | None = None
+    commentary: Commentary | None = None
+    error: PulseError | None = None
+
+
+@contextmanager
+def _boundary(attempt: _Attempt) -> Iterator[None]:
+    """The host's boundary: whatever fails in the block fails this input alone."""
+    try:
+        yield
+    except PulseError as error:
+        attempt.error = error
+    except Exception as error:  # noqa: BLE001 - the boundary
+        reference = attempt.report.request_id
+        logger.error("request_id=%s %s", reference, place_of(error))
+        attempt.error = PulseError(f"An internal error stopped this request (reference {reference}).")
+
+
+def _side_by_side(work: Callable[[_Attempt], None], attempts: Sequence[_Attempt], *, at_once: int) -> None:
+    if len(attempts) == 1:
+        work(attempts[0])
+        return
+    with ThreadPoolExecutor(min(len(attempts), at_once)) as threads:
+        for _ in threads.map(work, attempts):
+            pass
+
+
+def _note(report: RequestReport, analysis: Analysis) -> None:
+    """What the monitor is to know of an answer: sizes and times, never content."""
+    generation, prompt = analysis.generation, analysis.prompt
+    report.finish_reason = generation.finish_reason
+    report.prompt_tokens, report.image_tokens = prompt.length, prompt.image_tokens
+    report.generated_tokens = len(generation.token_ids)
+    if prompt.image:
+        report.image_width, report.image_height = prompt.image.size
+    report.timings_s |= {
+        _MONITORED_STAGES.get(stage, stage): s for stage, s in analysis.timings.items() if stage != "decode"
+    }
+    if len(generation.token_ids) > 1:  # the first token comes with the prefill
+        report.timings_s["token"] = analysis.timings["decode"] / (len(generation.token_ids) - 1)
 
 
 def _commentary_client(settings: Settings) -> DeepSeekClient | None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 
 from commentary.faithfulness import check
 from commentary.loop import LoopThread
@@ -14,6 +15,7 @@ from commentary.prompt import messages
 from commentary.record import Commentary, Finding
 from commentary.reply import Reply, ServiceError
 from commentary.text import clean
+from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.config import Settings
 
 _MISSING = ""
@@ -25,6 +27,7 @@ except Exception as error:  # noqa: BLE001 - a foreign package's fault must not 
 logger = logging.getLogger(__name__)
 
 _TOO_LATE = "The commentary service did not answer in time."
+_HUNG_UP = "The caller hung up before the commentary came."
 _GRACE_S = 0.25  # what the calling thread grants the loop to report its own time-out
 
 
@@ -65,14 +68,19 @@ class DeepSeekClient:
     def __repr__(self) -> str:
         return f"DeepSeekClient(model={self.model!r})"
 
-    def comment(self, english_text: str, *, timeout_s: float) -> Commentary:
-        """The commentary on one answer; returns within ``timeout_s``, retries included, and never raises."""
-        return self.comment_all([english_text], timeout_s=timeout_s)[0]
+    def comment(self, english_text: str, *, timeout_s: float, cancel: Cancellation | None = None) -> Commentary:
+        """The commentary on one answer; returns within ``timeout_s``, retries included, and never raises.
 
-    def comment_all(self, english_texts: Sequence[str], *, timeout_s: float) -> list[Commentary]:
+        Once ``cancel`` is set it returns at once, and the service is no longer waited for.
+        """
+        return self.comment_all([english_text], timeout_s=timeout_s, cancel=cancel)[0]
+
+    def comment_all(
+        self, english_texts: Sequence[str], *, timeout_s: float, cancel: Cancellation | None = None
+    ) -> list[Commentary]:
         """The commentaries on a batch, in order, asked side by side under one deadline."""
         started = time.monotonic()
-        outcomes = self._comment_all(list(english_texts), timeout_s)
+        outcomes = self._comment_all(list(english_texts), timeout_s, cancel)
         for outcome in outcomes:
             logger.info(
                 "commentary: status=%s model=%s tokens=%d rules=%s seconds=%.2f",
@@ -93,13 +101,15 @@ class DeepSeekClient:
                 logger.warning("commentary: the connections did not close in time")
         self._loop.close()
 
-    def _comment_all(self, texts: list[str], timeout_s: float) -> list[Commentary]:
+    def _comment_all(self, texts: list[str], timeout_s: float, cancel: Cancellation | None) -> list[Commentary]:
         if self._service is None or not any(text.strip() for text in texts):
             return [self._without_service(text) for text in texts]
         try:
-            return self._loop.run(self._gather(texts, timeout_s), timeout_s=timeout_s + _GRACE_S)
+            return self._loop.run(self._gather(texts, timeout_s), timeout_s=timeout_s + _GRACE_S, cancel=cancel)
         except TimeoutError:
             return [self._failed(_TOO_LATE) for _ in texts]
+        except CancelledError:
+            return [self._failed(_HUNG_UP) for _ in texts]
         except Exception as error:  # noqa: BLE001 - the boundary: a commentary never takes the English answer with it
             return [self._unexpected(error) for _ in texts]
 

@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from pulse_ecg.cancellation import Cancellation
+
 T = TypeVar("T")
 
 
@@ -24,11 +26,14 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float) -> T:
-        """The coroutine's result, or :class:`TimeoutError` after ``timeout_s``, the coroutine then cancelled."""
+    def run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float, cancel: Cancellation | None = None) -> T:
+        """The coroutine's result, or :class:`TimeoutError` after ``timeout_s``, or :class:`CancelledError` (that of
+        ``concurrent.futures``) once ``cancel`` is set; the coroutine is then cancelled.
+        """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
         try:
-            return future.result(timeout_s)
+            with (cancel or Cancellation()).calling(future.cancel):
+                return future.result(timeout_s)
         finally:
             future.cancel()
 

@@ -1,8 +1,9 @@
 """The main job on this machine: a real ECG image in, the model's answer out.  Run by ``make demo``.
 
-Builds a small random checkpoint in PULSE-7B's layout, renders a real 12-lead recording, and asks one handler twice:
-with the image in the request, and with a URL that a file server on loopback answers.  The weights are random, so the
-answers make no sense; they are this image's all the same, as the third call, with another image, shows.
+Builds a small random checkpoint in PULSE-7B's layout, renders a real 12-lead recording, starts our own server on the
+checkpoint, and asks it three times with cURL: with the image in the request, with a URL that a file server on loopback
+answers, and with another image.  The weights are random, so the answers make no sense; they are this image's all the
+same, as the third one shows.  On a terminal the server then stays until Enter, for its page to be tried.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ import base64
 import functools
 import http.server
 import json
-import logging
 import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,34 +31,69 @@ from typing import Any
 from demo.build_checkpoint import build_checkpoint
 from demo.ecg_image import LAYOUTS, read_recording, render
 
-BUILD = Path(__file__).resolve().parents[1] / "build" / "demo"
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "demo"
 QUESTION = "What is the rhythm of this ECG?"
 PARAMETERS = {"max_new_tokens": 40, "do_sample": False, "details": True}
+START_S = 300
 
 
 def main() -> None:
-    """Build, ask, print."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # The demo stays on this machine, on the CPU, whatever the shell it is started from has set.
-    for name in [n for n in os.environ if n.startswith(("PULSE_", "DEEPSEEK_"))] + ["deep_key"]:
-        os.environ.pop(name, None)
-    os.environ.update(PULSE_DEVICE="cpu", PULSE_ALLOW_PRIVATE_IMAGE_URLS="1")
+    """Build, serve, ask, print, stop."""
+    if shutil.which("curl") is None:
+        raise SystemExit("The demo asks with cURL, which is not installed.")
     sample, other = samples()
     print(f"1. Sample ECG: {sample}  (and, to compare, {other.name})")
     checkpoint = timed("2. Demo checkpoint, random weights", lambda: build_checkpoint(BUILD / "checkpoint"))
+    with our_server(checkpoint) as address, file_server(BUILD) as files:
+        by_data = ask(address, "4. Image in the request (data URI)", data_uri(sample))
+        by_url = ask(address, f"5. Image by URL ({files}/{sample.name})", f"{files}/{sample.name}")
+        another = ask(address, "6. Another image, same question", data_uri(other))
+        told = [record.get("generated_text") for record in (by_data, by_url, another)]
+        if not told[0] or told[0] != told[1] or told[0] == told[2]:
+            raise SystemExit("The demo failed: see the records above.")
+        print("\nThe same image gave the same answer both ways, another image another one.")
+        print("The weights are random: this shows the endpoint at work, not a reading of the ECG.")
+        print(f"\n7. The server's page, to try it in a browser: {address}/ui")
+        if sys.stdin.isatty():
+            input("   Enter stops the server. ")
+        else:
+            print("   (On a terminal the server stays until Enter; `make serve` keeps one running.)")
+    print("8. The server has stopped.")
 
-    from handler import EndpointHandler  # imports torch and transformers: seconds, so not before the first line
 
-    handler = timed("3. EndpointHandler", lambda: EndpointHandler(str(checkpoint)))
-    by_data = ask(handler, "4. Image in the request (data URI)", data_uri(sample))
-    with file_server(BUILD) as address:
-        by_url = ask(handler, f"5. Image by URL ({address}/{sample.name})", f"{address}/{sample.name}")
-    another = ask(handler, "6. Another image, same question", data_uri(other))
-    same, differs = by_data["generated_text"] == by_url["generated_text"], by_data != another
-    if "error" in by_data or not same or not differs:
-        raise SystemExit("The demo failed: see the records above.")
-    print("\nThe same image gave the same answer both ways, another image another one.")
-    print("The weights are random: this shows the endpoint at work, not a reading of the ECG.")
+@contextmanager
+def our_server(checkpoint: Path) -> Iterator[str]:
+    """``serve.py`` on a free loopback port; yields its address once the model answers, and stops it in the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The demo stays on this machine, on the CPU, whatever the shell it is started from has set.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PULSE_", "DEEPSEEK_")) and k != "deep_key"}
+    settings = {"PULSE_DEVICE": "cpu", "PULSE_ALLOW_PRIVATE_IMAGE_URLS": "1", "PULSE_LOG_LEVEL": "warning"}
+    command = [sys.executable, str(ROOT / "serve.py"), "--model", str(checkpoint), "--port", str(port), "--ui", "1"]
+    print(f"\n3. {shlex.join(['python', 'serve.py', *command[2:]])}", flush=True)
+    with subprocess.Popen(command, env=kept | settings, cwd=ROOT) as process:
+        try:
+            wait_until_it_answers(process, f"http://127.0.0.1:{port}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+        if process.wait() != 0:
+            raise SystemExit(f"The server ended with status {process.returncode}.")
+
+
+def wait_until_it_answers(process: subprocess.Popen[bytes], address: str) -> None:
+    """Ask ``/health`` until it says ok."""
+    started = time.monotonic()
+    while process.poll() is None and time.monotonic() - started < START_S:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                print(f"   The model answers after {time.monotonic() - started:.1f} s.", flush=True)
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    raise SystemExit("The server did not start; its messages are above.")
 
 
 def samples() -> tuple[Path, Path]:
@@ -69,10 +112,16 @@ def data_uri(file: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def ask(handler: Any, title: str, image: str) -> dict[str, Any]:
-    """One request; prints the record."""
-    body = {"inputs": {"query": QUESTION, "image": image}, "parameters": PARAMETERS}
-    record: dict[str, Any] = timed(title, lambda: handler(body))[0]
+def ask(address: str, title: str, image: str) -> dict[str, Any]:
+    """One request with cURL, its body in a file; prints the command and the record."""
+    body = BUILD / "request.json"
+    body.write_text(json.dumps({"inputs": {"query": QUESTION, "image": image}, "parameters": PARAMETERS}), "utf-8")
+    command = ["curl", "-sS", f"{address}/", "-H", "Content-Type: application/json", "--data-binary", f"@{body}"]
+    run = timed(title, lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    print(shlex.join([*command[:-1], f"@{body.relative_to(ROOT)}"]))
+    if run.returncode != 0:
+        raise SystemExit(f"cURL failed: {run.stderr.strip()}")
+    record: dict[str, Any] = json.loads(run.stdout)[0]
     print(json.dumps(record, indent=2, ensure_ascii=False))
     return record
 

@@ -188,7 +188,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _write_tokenizer(folder: Path, shape: CheckpointShape) -> None:
     """A sentencepiece model with Llama's settings, trained on ``corpus.txt``, and the files that stand around it."""
-    (folder / "tokenizer.model").write_bytes(_train_tokenizer())
+    corpus = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(corpus))
     special = {
         token: {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         for token in ("<unk>", "<s>", "</s>")
@@ -224,9 +225,9 @@ def _write_tokenizer(folder: Path, shape: CheckpointShape) -> None:
     )
 
 
-def _train_tokenizer() -> bytes:
+def train_tokenizer(corpus: Sequence[str]) -> bytes:
+    """A sentencepiece model with Llama's settings: same lines, same bytes."""
     model = io.BytesIO()
-    corpus = Path(__file__).with_name("corpus.txt").read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),
         model_writer=model,

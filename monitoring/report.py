@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FORMS = ("text", "object", "chat", "image", "unknown")
-IMAGE_SOURCES = ("none", "url", "data_uri", "base64", "pil")
+IMAGE_SOURCES = ("none", "url", "data_uri", "base64", "raw", "pil")
 OUTCOMES = ("ok", "malformed", "invalid", "too_large", "busy", "loading", "timeout", "cancelled", "fault")
 COMMENTARY_STATUSES = ("success", "failed", "unavailable", "api_key_missing", "no_text", "off")
 FINISH_REASONS = ("stop", "eos", "length")
@@ -23,6 +23,7 @@ _OUTCOME_BY_STATUS = {
     413: "too_large",
     422: "invalid",
     429: "busy",
+    499: "cancelled",
     503: "loading",
     504: "timeout",
 }

@@ -1,44 +1,132 @@
-"""How many requests are worked on at once, and how many may wait."""
+"""How many requests may be present, and how many answers are generated at once."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock, Semaphore
+from threading import Event, Lock
 
-from pulse_ecg.errors import QueueFullError
+from pulse_ecg.cancellation import Cancellation
+from pulse_ecg.errors import DeadlineExceededError, QueueFullError, RequestCancelledError
 
 
 class Admission:
-    """Lets ``concurrent`` requests in at once and ``queued`` more wait; the next is refused."""
+    """Two bounds.  A request is *present* from its arrival to its last English answer; an answer has a *place* while it
+    is generated, and waits for one in order of arrival.
+
+    What needs no model happens without a place: images are fetched before, commentaries asked for after, and neither
+    keeps the model from the next request.
+    """
 
     def __init__(self, concurrent: int, queued: int) -> None:
-        """Both count requests, whatever their number of inputs."""
-        self._places = Semaphore(concurrent)
-        self._concurrent = concurrent
-        self._capacity = concurrent + queued
+        """``concurrent`` places, and as many requests present as have one, and ``queued`` more."""
+        self.concurrent, self.queued = concurrent, queued
+        self._free = concurrent
         self._present = 0
+        self._waiters: deque[_Waiter] = deque()
         self._lock = Lock()
 
     @property
+    def running(self) -> int:
+        """Answers that are being generated now."""
+        return self.concurrent - self._free
+
+    @property
     def waiting(self) -> int:
-        """Requests that wait for a place now."""
-        return max(0, self._present - self._concurrent)
+        """Requests that are present and have no place: their image is on its way, or the places are taken."""
+        return max(0, self._present - self.running)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more request would be refused."""
+        return self._present >= self.concurrent + self.queued
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Hold a place while the block runs, waiting for one if need be.
+    def admitted(self, cancel: Cancellation | None = None) -> Iterator[None]:
+        """Be present while the block runs, or until ``cancel`` is set, should the block take longer to notice.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: as many are present as may be.
         """
         with self._lock:
-            if self._present >= self._capacity:
+            if self.full:
                 raise QueueFullError("Too many requests are waiting; try again in a few seconds.")
             self._present += 1
+        present = [True]
+
+        def leave() -> None:
+            with self._lock:
+                if present:
+                    present.clear()
+                    self._present -= 1
+
         try:
-            with self._places:
+            with (cancel or Cancellation()).calling(leave):
                 yield
         finally:
-            with self._lock:
-                self._present -= 1
+            leave()
+
+    @contextmanager
+    def place(self, *, cancel: Cancellation | None = None, deadline: float | None = None) -> Iterator[None]:
+        """Hold a place while the block runs, waiting for one if need be: first come, first served.
+
+        Args:
+            cancel: once set, the wait is over.
+            deadline: a reading of ``time.monotonic()`` at which it is over too.
+
+        Raises:
+            RequestCancelledError: ``cancel`` was set before.
+            DeadlineExceededError: the deadline passed before.
+        """
+        cancel = cancel or Cancellation()
+        waiter = self._enqueued()
+        try:
+            with cancel.calling(waiter.called.set):
+                waiter.called.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._settle(waiter)
+            if cancel.is_set():
+                raise RequestCancelledError("The request was cancelled while it waited.")
+            if not waiter.placed or (deadline is not None and time.monotonic() > deadline):
+                raise DeadlineExceededError("The request's turn did not come in time; try again later.")
+            yield
+        finally:
+            self._settle(waiter)
+            if waiter.placed:
+                self._give_back()
+
+    def _enqueued(self) -> _Waiter:
+        waiter = _Waiter()
+        with self._lock:
+            if self._free:  # nobody waits then: a place that is given back goes to the first who does
+                self._free -= 1
+                waiter.place()
+            else:
+                self._waiters.append(waiter)
+        return waiter
+
+    def _settle(self, waiter: _Waiter) -> None:
+        """From now on no place is given to a waiter that has none."""
+        with self._lock:
+            if not waiter.placed and waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _give_back(self) -> None:
+        with self._lock:
+            if self._waiters:
+                self._waiters.popleft().place()
+            else:
+                self._free += 1
+
+
+class _Waiter:
+    """One who waits for a place; ``called`` wakes it, ``placed`` says whether it has one."""
+
+    def __init__(self) -> None:
+        self.called = Event()
+        self.placed = False
+
+    def place(self) -> None:
+        self.placed = True
+        self.called.set()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from threading import BoundedSemaphore, Event
+
+from PIL import Image
 
 from pulse_ecg.anyres import merge_order, tile_image
 from pulse_ecg.checkpoint import LoadedModel
+from pulse_ecg.engine.scheduler import TransformersEngine
 from pulse_ecg.fetch import FetchPolicy
-from pulse_ecg.generation import AnswerStream, EncodedPrompt, Generation, ImagePrompt, TextGenerator
+from pulse_ecg.generation import AnswerStream, EncodedPrompt, Engine, Generation, ImagePrompt, TextGenerator, collected
 from pulse_ecg.image_file import decode_image
 from pulse_ecg.images import DecodedImage, ImageSource, image_bytes, load_image
+from pulse_ecg.params import GenerationParams
 from pulse_ecg.prompt import prompt_ids
-from pulse_ecg.request import AnalysisRequest
+from pulse_ecg.request import DEFAULT_QUESTION, AnalysisRequest, parse_input
 
 MAX_DECODING = 4
 
@@ -45,13 +51,31 @@ class Analysis:
 class EcgAnalyzer:
     """Answers requests with one loaded model."""
 
-    def __init__(self, model: LoadedModel, policy: FetchPolicy) -> None:
-        """``policy`` decides which image URLs may be fetched."""
+    def __init__(self, model: LoadedModel, policy: FetchPolicy, *, engine: Engine | None = None) -> None:
+        """``policy`` decides which image URLs may be fetched; ``engine`` runs ``model``."""
         self.model = model
         self._policy = policy
-        self._generator = TextGenerator(model)
+        self._generator = TextGenerator(engine or TransformersEngine(model), model.config, model.tokenizer)
         # Decoding the largest image takes several hundred megabytes: not more of them at once than there are cores.
         self._decoding = BoundedSemaphore(min(MAX_DECODING, os.cpu_count() or 1))
+
+    @property
+    def engine_alive(self) -> bool:
+        """Whether the engine can still answer."""
+        return self._generator.engine.alive
+
+    def close(self) -> None:
+        """End the engine."""
+        self._generator.engine.close()
+
+    def warm_up(self) -> None:
+        """Answer a question that nobody asked, so that the first caller does not pay for what happens only once.
+
+        On a GPU one about an image; on a CPU there is little to warm, and a large model takes long.
+        """
+        params = GenerationParams(2, temperature=1, top_p=0.9, top_k=9, do_sample=True, repetition_penalty=1.1, stop=())
+        blank = Image.new("RGB", (2 * self.model.config.preprocessing.tile_size,) * 2)
+        self.analyze(parse_input(blank if self.model.device.type == "cuda" else DEFAULT_QUESTION, params))
 
     def prepare(self, request: AnalysisRequest) -> PreparedRequest:
         """Fetch and decode the image, cut it into tiles and encode the prompt.  Needs no device; threads may overlap.
@@ -72,15 +96,29 @@ class EcgAnalyzer:
         self._generator.room(prompt)
         return PreparedRequest(request, prompt, timings, size)
 
-    def stream(self, prepared: PreparedRequest, *, cancel: Event | None = None) -> AnswerStream:
-        """The answer as it comes into being."""
-        return self._generator.stream(prepared.prompt, prepared.request.params, cancel=cancel)
+    def stream(
+        self,
+        prepared: PreparedRequest,
+        *,
+        cancel: Event | None = None,
+        deadline: float | None = None,
+        whole: bool = False,
+    ) -> AnswerStream:
+        """The answer as it comes into being; see :meth:`pulse_ecg.generation.TextGenerator.stream`."""
+        params = prepared.request.params
+        return self._generator.stream(prepared.prompt, params, cancel=cancel, deadline=deadline, whole=whole)
 
-    def answer(self, prepared: PreparedRequest, *, cancel: Event | None = None) -> Analysis:
-        """The whole answer."""
-        generation = self._generator.generate(prepared.prompt, prepared.request.params, cancel=cancel)
-        spent = generation.timings
-        timings = {**prepared.timings, "vision": spent.vision, "prefill": spent.prefill, "decode": spent.decode}
+    def answer(
+        self,
+        prepared: PreparedRequest,
+        *,
+        cancel: Event | None = None,
+        deadline: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> Analysis:
+        """The whole answer; ``tell`` is given each piece of its text as it comes."""
+        generation = collected(self.stream(prepared, cancel=cancel, deadline=deadline, whole=tell is None), tell)
+        timings = prepared.timings | asdict(generation.timings)
         return Analysis(generation.text, prepared.request.conversation.question, generation, prepared.prompt, timings)
 
     def analyze(self, request: AnalysisRequest, *, cancel: Event | None = None) -> Analysis:
@@ -88,14 +126,32 @@ class EcgAnalyzer:
         return self.answer(self.prepare(request), cancel=cancel)
 
     def _image_prompt(self, source: ImageSource, timings: dict[str, float]) -> tuple[ImagePrompt, int]:
-        """The image as the model takes it, and the size of its file in bytes (0 for an image object)."""
-        lap, config = _Lap(timings), self.model.config
+        """The image as the model takes it, and the size of its file in bytes (0 for an image object).
+
+        A file that was asked about lately is neither decoded nor tiled again; its URL is fetched all the same, since
+        only its bytes tell that it is the same image.
+        """
+        lap = _Lap(timings)
         data = b"" if isinstance(source, DecodedImage) else image_bytes(source, self._policy)
         lap("image_fetch")
+        if isinstance(source, DecodedImage):
+            image = load_image(source, self._policy)
+            key = _digest(repr(image.size).encode() + image.tobytes())
+        else:
+            image, key = None, _digest(data)
+        if prompt := self._generator.engine.recall(key):
+            timings |= {"image_decode": 0.0, "preprocess": 0.0}
+            return prompt, len(data)
         with self._decoding:
-            image = load_image(source, self._policy) if isinstance(source, DecodedImage) else decode_image(data)
+            image = image or decode_image(data)
             lap("image_decode")
-            tiles = tile_image(image, config.preprocessing)
+            prompt = self._tiled(key, image)
+            lap("preprocess")
+        return prompt, len(data)
+
+    def _tiled(self, key: str, image: Image.Image) -> ImagePrompt:
+        config = self.model.config
+        tiles = tile_image(image, config.preprocessing)
         order = merge_order(
             config.merge_type,
             grid=tiles.grid,
@@ -103,8 +159,11 @@ class EcgAnalyzer:
             image_size=tiles.image_size,
             keep_cls=config.keep_cls,
         )
-        lap("preprocess")
-        return ImagePrompt(tiles, order), len(data)
+        return ImagePrompt(key, tiles.image_size, order, tiles)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class _Lap:

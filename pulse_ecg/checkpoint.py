@@ -16,7 +16,9 @@ from pulse_ecg.checkpoint_config import CheckpointConfig, read_json
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import CheckpointError, ConfigurationError
 from pulse_ecg.model import NEWLINE_NAME, PulseModel
+from pulse_ecg.quantization import QuantizedLinear, quantized_layer, replace_linears
 from pulse_ecg.tokenizer import Tokenizer
+from pulse_ecg.vllm_engine.version import require_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,10 @@ _COMPUTED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can answer, with what belongs to it."""
+    """A model with what belongs to it.  For an engine that decodes by itself, ``network`` has no decoder."""
 
     network: PulseModel
+    folder: Path
     tokenizer: Tokenizer
     config: CheckpointConfig
     device: torch.device
@@ -55,9 +58,12 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
 
     Raises:
         CheckpointError: a file, key or tensor is missing, unexpected or of the wrong shape; the message names it.
-        ConfigurationError: the device or dtype of the settings is not to be had.
+        ConfigurationError: the device, dtype, engine or quantisation of the settings is not to be had.
     """
     device, dtype = placement(settings)
+    quantized = quantized_layer(settings.quantization)  # before anything is downloaded
+    if settings.engine == "vllm":
+        require_vllm()
     folder, revision = locate(Path(path), settings)
     config = CheckpointConfig.from_folder(folder)
     tokenizer = Tokenizer.from_folder(folder)
@@ -65,18 +71,24 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
         raise CheckpointError(
             f"tokenizer.model has {tokenizer.size:,} pieces, config.json a vocab_size of {config.llama.vocab_size:,}."
         )
-    network = PulseModel(config)
+    network = PulseModel(config, decoder=settings.engine != "vllm")
+    if quantized:
+        replace_linears(network.language_model.model.layers, quantized)
     files = weight_files(folder)
     stored = _stored_shapes(files)
     _check(network, stored)
     _assign(network, files, device=device, dtype=dtype)
-    if config.llama.tie_word_embeddings:
+    if config.llama.tie_word_embeddings and settings.engine != "vllm":
         network.language_model.lm_head.weight = network.embed_tokens.weight
     network.to(device)  # buffers; the parameters are there already
+    if quantized and device.type == "cuda":
+        torch.cuda.empty_cache()  # the 16-bit tensors' memory: it counts as free again, for keys and values
     logger.info(
-        "Loaded %s: %d tensors from %d files onto %s as %s.", config.name, len(stored), len(files), device, dtype
+        "Loaded %s: %d tensors from %d files onto %s as %s%s.",
+        *(config.name, len(stored), len(files), device, dtype),
+        f", the decoder's linear layers as {settings.quantization}" if quantized else "",
     )
-    return LoadedModel(network, tokenizer, config, device, dtype, revision)
+    return LoadedModel(network, folder, tokenizer, config, device, dtype, revision)
 
 
 def placement(settings: Settings) -> tuple[torch.device, torch.dtype]:
@@ -203,7 +215,10 @@ def _assign(network: PulseModel, files: Sequence[Path], *, device: torch.device,
                         tensor = shard.get_tensor(name)
                         progress.update(tensor.nbytes)
                         owner, attribute = places[name]
-                        setattr(owner, attribute, nn.Parameter(tensor.to(dtype), requires_grad=False))
+                        if isinstance(owner, QuantizedLinear) and attribute == "weight":
+                            owner.quantize(tensor.to(dtype))
+                        else:
+                            setattr(owner, attribute, nn.Parameter(tensor.to(dtype), requires_grad=False))
         progress.update(total - progress.n)
     if network.image_newline.is_meta:  # not stored, and not used by this merge type
         network.image_newline = nn.Parameter(torch.zeros_like(network.image_newline, device=device, dtype=dtype))

@@ -12,9 +12,8 @@ from typing import Any, Literal, cast
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from pulse_ecg.anyres import AspectRatio, MergeType, Preprocessing, Size
+from pulse_ecg.call import DEFAULT_MODEL_NAME
 from pulse_ecg.errors import CheckpointError, excerpt
-
-DEFAULT_MODEL_NAME = "PULSE-7B"
 
 _LLAMA_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pulse_ecg.errors import ConfigurationError, excerpt
@@ -13,7 +14,8 @@ from pulse_ecg.errors import ConfigurationError, excerpt
 T = TypeVar("T")
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm")
+QUANTIZATIONS = ("none", "int8", "int4")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
@@ -21,7 +23,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 class Settings:
     """What the operator may set.  :meth:`from_env` is the one place that knows the variables' names.
 
-    The commentary key is left out of ``repr`` so that no log of the settings can hold it.
+    The commentary key, and vLLM's arguments, which may hold a token, are left out of ``repr`` and so of logs.
     """
 
     model_id: str = "PULSE-ECG/PULSE-7B"
@@ -29,6 +31,8 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     engine: str = "transformers"
+    quantization: str = "none"
+    vllm_args: Mapping[str, Any] = field(default_factory=dict, repr=False)
     max_concurrent_requests: int = 8
     max_queued_requests: int = 64
     allowed_image_hosts: frozenset[str] | None = None
@@ -50,12 +54,14 @@ class Settings:
             text = env.get(name, "").strip()
             return parse(name, text) if text else default
 
-        return cls(
+        settings = cls(
             model_id=read("PULSE_MODEL_ID", cls.model_id, _text),
             model_revision=read("PULSE_MODEL_REVISION", cls.model_revision, _text),
             device=read("PULSE_DEVICE", cls.device, _device),
             dtype=read("PULSE_DTYPE", cls.dtype, _one_of(DTYPES)),
             engine=read("PULSE_ENGINE", cls.engine, _one_of(ENGINES)),
+            quantization=read("PULSE_QUANTIZATION", cls.quantization, _one_of(QUANTIZATIONS)),
+            vllm_args=read("PULSE_VLLM_ARGS", {}, _json_object),
             max_concurrent_requests=read("PULSE_MAX_CONCURRENT_REQUESTS", cls.max_concurrent_requests, _whole(1, 1024)),
             max_queued_requests=read("PULSE_MAX_QUEUED_REQUESTS", cls.max_queued_requests, _whole(0, 100_000)),
             allowed_image_hosts=read("PULSE_ALLOWED_IMAGE_HOSTS", None, _hosts),
@@ -64,6 +70,18 @@ class Settings:
             commentary_base_url=read("DEEPSEEK_BASE_URL", cls.commentary_base_url, _http_url),
             commentary_model=read("DEEPSEEK_MODEL", cls.commentary_model, _text),
         )
+        if settings.engine == "vllm" and settings.quantization != "none":
+            raise ConfigurationError(
+                f"PULSE_QUANTIZATION is '{settings.quantization}', which is for the transformers engine; "
+                'vLLM has its own: PULSE_VLLM_ARGS=\'{"quantization": "fp8"}\'.'
+            )
+        return settings
+
+    @property
+    def engine_name(self) -> str:
+        """The engine as answers and logs name it: with quantised weights, answers are not the official ones."""
+        quantization = self.vllm_args.get("quantization") if self.engine == "vllm" else self.quantization
+        return self.engine if quantization in (None, "none") else f"{self.engine}-{quantization}"
 
 
 def _text(name: str, text: str) -> str:
@@ -94,6 +112,18 @@ def _flag(name: str, text: str) -> bool:
     if text.lower() not in _TRUE + _FALSE:
         raise ConfigurationError(f"{name} is {excerpt(text)}; accepted: 0 or 1.")
     return text.lower() in _TRUE
+
+
+def _json_object(name: str, text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            f"{name} must be a JSON object of vLLM's engine arguments, such as '{{\"tensor_parallel_size\": 2}}'."
+        )
+    return value
 
 
 def _device(name: str, text: str) -> str:

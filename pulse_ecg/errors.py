@@ -18,7 +18,9 @@
     ├── QueueFullError                429  more requests wait than are accepted
     ├── ModelLoadingError             503  the model is not ready yet
     ├── DeadlineExceededError         504  the request ran out of time
-    └── OutOfMemoryError              503  the device has no room for the request now
+    ├── RequestCancelledError         499  the caller hung up; nobody reads this
+    ├── OutOfMemoryError              503  the device has no room for the request now
+    └── EngineStoppedError            503  the engine has ended and answers nothing more
 
 A message is written for the caller: it says what to fix and never holds a key, a path, a resolved
 address, an object's repr, a traceback, or more than a few characters of what the caller sent
@@ -28,7 +30,9 @@ address, an object's repr, a traceback, or more than a few characters of what th
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class PulseError(Exception):
@@ -115,8 +119,20 @@ class DeadlineExceededError(PulseError):
     status = 504
 
 
+class RequestCancelledError(PulseError):
+    """The caller hung up (the status is the one that nginx logs for it) or the server gave the request up."""
+
+    status = 499
+
+
 class OutOfMemoryError(PulseError):
     """The device has no room for the request now."""
+
+    status = 503
+
+
+class EngineStoppedError(PulseError):
+    """The engine did not start, or has ended and answers nothing more: its process has to be replaced."""
 
     status = 503
 
@@ -141,6 +157,13 @@ def excerpt(value: object, limit: int = 24) -> str:
         return f"'{shown}…'" if len(value) > limit else f"'{shown}'"
     names: dict[type, str] = {dict: "an object", list: "a list", tuple: "a list", bytes: "bytes"}
     return names.get(type(value), "a value of another type")
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place of a foreign error, for logs: its message can hold what the caller sent, a path or a key."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__} at {places}"
 
 
 def nearest_hint(name: object, known: Iterable[str]) -> str:

@@ -55,7 +55,15 @@ class DecodedImage:
     kind: ClassVar[str] = "pil"
 
 
-ImageSource = UrlImage | EncodedImage | DecodedImage
+@dataclass(frozen=True)
+class RawImage:
+    """The bytes of an image file, as the body of an HTTP request holds them."""
+
+    data: bytes = field(repr=False)
+    kind: ClassVar[str] = "raw"
+
+
+ImageSource = UrlImage | EncodedImage | RawImage | DecodedImage
 
 
 def image_source(value: object) -> ImageSource:
@@ -67,6 +75,8 @@ def image_source(value: object) -> ImageSource:
     """
     if isinstance(value, Image.Image):
         return DecodedImage(value)
+    if isinstance(value, bytes):  # no JSON body can hold them: the host put them there
+        return RawImage(value)
     if not isinstance(value, str):
         raise ImageError(f"'image' is {excerpt(value)}; {_ACCEPTED}.")
     text = value.strip()
@@ -91,7 +101,7 @@ def load_image(source: ImageSource, policy: FetchPolicy) -> Image.Image:
     return decode_image(image_bytes(source, policy))
 
 
-def image_bytes(source: UrlImage | EncodedImage, policy: FetchPolicy) -> bytes:
+def image_bytes(source: UrlImage | EncodedImage | RawImage, policy: FetchPolicy) -> bytes:
     """The image file, fetched or taken out of its base64; not empty, at most ``policy.max_bytes``.
 
     Raises:
@@ -101,7 +111,21 @@ def image_bytes(source: UrlImage | EncodedImage, policy: FetchPolicy) -> bytes:
     """
     if isinstance(source, UrlImage):
         return fetch_image_bytes(source.url, policy)
+    if isinstance(source, RawImage):
+        return _within_cap(source.data, policy.max_bytes)
     return _from_base64(source.data, policy.max_bytes)
+
+
+def _too_large(cap: int) -> ImageTooLargeError:
+    return ImageTooLargeError(f"'image' has more than {cap:,} bytes, the most that is accepted.")
+
+
+def _within_cap(data: bytes, cap: int) -> bytes:
+    if len(data) > cap:
+        raise _too_large(cap)
+    if not data:
+        raise ImageDecodeError(f"'image' is empty; {_ACCEPTED}.")
+    return data
 
 
 # --- base64
@@ -109,21 +133,18 @@ def image_bytes(source: UrlImage | EncodedImage, policy: FetchPolicy) -> bytes:
 
 def _from_base64(text: str, cap: int) -> bytes:
     """Decode a data URI (RFC 2397) or bare base64 (RFC 4648, either alphabet), whatever its white space and padding."""
-    too_large = ImageTooLargeError(f"'image' has more than {cap:,} bytes, the most that is accepted.")
     if len(text) > 2 * cap + 1024:
-        raise too_large
+        raise _too_large(cap)
     if text[:5].lower() == "data:":
         text = _payload(text)
     try:
         compact = text.encode("ascii").translate(_URL_SAFE, b" \t\r\n\f\v").rstrip(b"=")
         if len(compact) * 3 // 4 > cap:
-            raise too_large
+            raise _too_large(cap)
         data = binascii.a2b_base64(compact + b"=" * (-len(compact) % 4), strict_mode=True)
     except ValueError:
         raise ImageDecodeError(f"'image' is neither a URL nor valid base64; {_ACCEPTED}.") from None
-    if not data:
-        raise ImageDecodeError(f"'image' is empty; {_ACCEPTED}.")
-    return data
+    return _within_cap(data, cap)
 
 
 def _payload(uri: str) -> str:

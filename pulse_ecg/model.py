@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from pulse_ecg.anyres import NEWLINE
 from pulse_ecg.checkpoint_config import CheckpointConfig
+from pulse_ecg.device import upload
 from pulse_ecg.errors import CheckpointError
 from pulse_ecg.prompt import IMAGE_TOKEN_INDEX
 
@@ -31,7 +32,8 @@ class PulseModel(nn.Module):
     The tower is cut after the layer whose hidden state is used, so nothing past it is computed or kept.
     """
 
-    def __init__(self, config: CheckpointConfig) -> None:
+    def __init__(self, config: CheckpointConfig, *, decoder: bool = True) -> None:
+        """Without ``decoder`` it makes embeddings alone, of images and of tokens: another engine decodes."""
         super().__init__()
         self.config = config
         with init_empty_weights(include_buffers=True):  # shapes alone: no memory, no time
@@ -40,7 +42,7 @@ class PulseModel(nn.Module):
             self.mm_projector = _projector(config)
             self.image_newline = nn.Parameter(torch.empty(config.llama.hidden_size))
         self._compute_buffers()
-        self.unused_shapes = self._cut_tower()
+        self.unused_shapes = self._cut_tower() | ({} if decoder else self._cut_decoder())
         self.eval().requires_grad_(False)
 
     @property
@@ -88,16 +90,12 @@ class PulseModel(nn.Module):
 
     def embed(self, ids: Sequence[int], image_embeddings: Tensor | None) -> Tensor:
         """Embeddings of a prompt, ``(1, L, D)``: the image's stand where its slot is in ``ids``."""
-        table = self.embed_tokens
-
-        def text(part: Sequence[int]) -> Tensor:
-            embeddings: Tensor = table(torch.tensor(part, dtype=torch.long, device=table.weight.device))
-            return embeddings
-
-        if image_embeddings is None:
-            return text(ids)[None]
-        slot = list(ids).index(IMAGE_TOKEN_INDEX)
-        return torch.cat([text(ids[:slot]), image_embeddings, text(ids[slot + 1 :])])[None]
+        text = torch.tensor([i for i in ids if i != IMAGE_TOKEN_INDEX], dtype=torch.long)
+        embeddings: Tensor = self.embed_tokens(upload(text, self.embed_tokens.weight.device))
+        if image_embeddings is not None:
+            slot = list(ids).index(IMAGE_TOKEN_INDEX)
+            embeddings = torch.cat([embeddings[:slot], image_embeddings, embeddings[slot:]])
+        return embeddings[None]
 
     def _compute_buffers(self) -> None:
         """Give the buffers, which no checkpoint holds, their values: rotary frequencies and position ids."""
@@ -122,6 +120,15 @@ class PulseModel(nn.Module):
         encoder.layers = nn.ModuleList(list(encoder.get_submodule("layers").children())[:used])
         self.vision_tower.config.num_hidden_layers = used
         body.post_layernorm = nn.Identity()  # feeds the pooled output alone, which LLaVA does not use
+        return unused
+
+    def _cut_decoder(self) -> dict[str, torch.Size]:
+        """Keep the language model's token embeddings alone; returns what the checkpoint has for the rest."""
+        parameters = self.language_model.named_parameters()
+        unused = {name: parameter.shape for name, parameter in parameters if not name.startswith("model.embed_tokens.")}
+        self.language_model.model.layers = nn.ModuleList()
+        self.language_model.model.norm = nn.Identity()
+        self.language_model.lm_head = nn.Identity()
         return unused
 
 

@@ -16,6 +16,7 @@ DEFAULTS_FILE = "generation_config.json"
 MAX_STOP_STRINGS = 8
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}", re.ASCII)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON lets half a surrogate pair through; no text can hold it
 _NUMBER = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
 
@@ -133,13 +134,13 @@ def _boolean(name: str, value: object) -> bool:
 
 def _stop(name: str, value: object) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
-    accepted = f"a string or a list of at most {MAX_STOP_STRINGS} strings, none empty"
+    accepted = f"a string or a list of at most {MAX_STOP_STRINGS} strings of valid Unicode, none empty"
     if not isinstance(strings, (list, tuple)):
         raise _refused(name, value, accepted)
     if len(strings) > MAX_STOP_STRINGS:
         raise _refused(name, value, f"{accepted}; {len(strings)} were given")
     for string in strings:
-        if not isinstance(string, str) or not string:
+        if not isinstance(string, str) or not string or _HALF_PAIR.search(string):
             raise _refused(name, string, accepted)
     return tuple(strings)
 

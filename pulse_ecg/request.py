@@ -141,7 +141,8 @@ def _chat_request(value: Mapping[object, object], params: GenerationParams) -> A
                 raise RequestError(
                     f"messages[{index}] has the role '{role}', which is accepted in the first message alone."
                 )
-            system = text
+            if text.strip():  # an empty one says nothing in place of the sentence that the model was trained with
+                system = text
             continue
         expected: Literal["user", "assistant"] = "assistant" if len(turns) % 2 else "user"
         if role != expected:

@@ -1,23 +1,24 @@
-"""Never more at work than may be, never more waiting than may wait, and every place is given back."""
+"""Never more at work than may be, never more present than may wait, first come first served, and nothing is lost."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 
 from pulse_ecg.admission import Admission
-from pulse_ecg.errors import QueueFullError
+from pulse_ecg.cancellation import Cancellation
+from pulse_ecg.errors import DeadlineExceededError, QueueFullError, RequestCancelledError
 
 PATIENCE = 20.0
 
 
 class Work:
-    """Blocks of work that last until they are let go."""
+    """Requests that hold their place until they are let go."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
@@ -25,7 +26,7 @@ class Work:
         self.go = threading.Event()
 
     def __call__(self) -> str:
-        with self.admission.admitted():
+        with self.admission.admitted(), self.admission.place():
             self.entered.release()
             assert self.go.wait(PATIENCE)
             return "done"
@@ -36,6 +37,13 @@ class Work:
             assert self.entered.acquire(timeout=PATIENCE)
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @contextmanager
 def busy(admission: Admission, *, working: int, waiting: int) -> Iterator[tuple[Work, list[Future[str]]]]:
     """That many at work, and that many in the queue."""
@@ -44,9 +52,7 @@ def busy(admission: Admission, *, working: int, waiting: int) -> Iterator[tuple[
         try:
             futures = [threads.submit(work) for _ in range(working + waiting)]
             work.wait_for(working)
-            deadline = time.monotonic() + PATIENCE
-            while admission._present < working + waiting and time.monotonic() < deadline:
-                time.sleep(0.001)
+            until(lambda: len(admission._waiters) == waiting)
             yield work, futures
         finally:
             work.go.set()
@@ -55,6 +61,7 @@ def busy(admission: Admission, *, working: int, waiting: int) -> Iterator[tuple[
 def test_the_next_after_a_full_queue_is_refused_at_once() -> None:
     admission = Admission(2, 3)
     with busy(admission, working=2, waiting=3) as (work, futures):
+        assert (admission.running, admission.waiting, admission.full) == (2, 3, True)
         for _ in range(3):
             with pytest.raises(QueueFullError, match="try again") as caught, admission.admitted():
                 pytest.fail("let in")
@@ -62,8 +69,7 @@ def test_the_next_after_a_full_queue_is_refused_at_once() -> None:
         assert not work.entered.acquire(blocking=False)  # nobody who waits was let in meanwhile
         work.go.set()
         assert [future.result(PATIENCE) for future in futures] == ["done"] * 5
-    with admission.admitted():
-        pass
+    assert (admission.running, admission.waiting, admission.full) == (0, 0, False)
 
 
 def test_without_a_queue_nobody_waits() -> None:
@@ -72,21 +78,109 @@ def test_without_a_queue_nobody_waits() -> None:
         pytest.fail("let in")
 
 
-def test_a_place_given_back_lets_the_next_one_in() -> None:
+def test_who_is_present_without_a_place_takes_none_from_others() -> None:
     admission = Admission(1, 1)
-    with busy(admission, working=1, waiting=1) as (work, futures):
-        work.go.set()
-        assert [future.result(PATIENCE) for future in futures] == ["done", "done"]
+    with admission.admitted():  # its image is on its way
+        with admission.admitted(), admission.place():
+            assert (admission.running, admission.waiting) == (1, 1)
+        assert (admission.running, admission.waiting) == (0, 1)
+
+
+def test_places_go_to_those_who_came_first() -> None:
+    admission, order, lock = Admission(1, 5), list[int](), threading.Lock()
+    with ThreadPoolExecutor(5) as threads, admission.place():
+        for number in range(5):
+
+            def take(number: int = number) -> None:
+                with admission.place(), lock:
+                    order.append(number)
+
+            threads.submit(take)
+            until(lambda number=number: len(admission._waiters) == number + 1)
+    assert order == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_an_error_gives_its_place_back(error: type[BaseException]) -> None:
     admission = Admission(1, 0)
     for _ in range(3):
-        with pytest.raises(error), admission.admitted():
+        with pytest.raises(error), admission.admitted(), admission.place():
             raise error
-    with admission.admitted():
+    with admission.admitted(), admission.place():
         pass
+
+
+# --- hanging up and deadlines
+
+
+def test_who_hangs_up_while_waiting_leaves_at_once_and_frees_the_queue() -> None:
+    admission, cancel = Admission(1, 1), Cancellation()
+    with busy(admission, working=1, waiting=0), ThreadPoolExecutor(1) as threads:
+
+        def wait() -> None:
+            with admission.admitted(cancel), admission.place(cancel=cancel):
+                pytest.fail("had a place")
+
+        waiting = threads.submit(wait)
+        until(lambda: len(admission._waiters) == 1)
+        assert admission.full
+        cancel.set()
+        with pytest.raises(RequestCancelledError):
+            waiting.result(PATIENCE)
+        assert (admission.full, len(admission._waiters)) == (False, 0)
+
+
+def test_who_hangs_up_is_no_longer_present_however_long_its_block_takes_to_notice() -> None:
+    admission, cancel = Admission(1, 0), Cancellation()
+    with admission.admitted(cancel):  # in the middle of a fetch, say
+        cancel.set()
+        assert not admission.full
+        with admission.admitted():
+            assert admission.full
+    assert not admission.full
+
+
+def test_a_free_place_is_not_given_to_who_has_hung_up_or_is_late() -> None:
+    admission, cancel = Admission(1, 0), Cancellation()
+    cancel.set()
+    with pytest.raises(RequestCancelledError), admission.place(cancel=cancel):
+        pytest.fail("had a place")
+    with pytest.raises(DeadlineExceededError), admission.place(deadline=time.monotonic() - 1):
+        pytest.fail("had a place")
+    assert admission.running == 0
+
+
+def test_the_wait_ends_at_the_deadline() -> None:
+    admission = Admission(1, 1)
+    with busy(admission, working=1, waiting=0):
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceededError) as caught, admission.place(deadline=started + 0.1):
+            pytest.fail("had a place")
+        assert 0.1 <= time.monotonic() - started < 5
+        assert caught.value.status == 504
+        assert len(admission._waiters) == 0
+    until(lambda: admission.running == 0)
+
+
+def test_a_place_given_in_the_instant_of_hanging_up_is_not_lost() -> None:
+    admission = Admission(1, 100)
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(300):
+            cancel = Cancellation()
+
+            def wait(cancel: Cancellation = cancel) -> None:
+                with admission.place(cancel=cancel):
+                    pass
+
+            with admission.place():
+                waiting = threads.submit(wait)
+                until(lambda: len(admission._waiters) == 1)
+                threading.Thread(target=cancel.set).start()
+            assert isinstance(waiting.exception(PATIENCE), RequestCancelledError | None)
+            assert admission.running == 0
+
+
+# --- many threads
 
 
 def test_sixteen_threads_are_all_served_and_never_more_than_three_at_once() -> None:
@@ -98,7 +192,7 @@ def test_sixteen_threads_are_all_served_and_never_more_than_three_at_once() -> N
         nonlocal inside, most, served
         start.wait(PATIENCE)
         for _ in range(5):
-            with admission.admitted():
+            with admission.admitted(), admission.place():
                 with lock:
                     inside += 1
                     most = max(most, inside)
@@ -120,7 +214,7 @@ def test_threads_that_are_refused_leave_the_others_alone() -> None:
     def request() -> bool:
         start.wait(PATIENCE)
         try:
-            with admission.admitted():
+            with admission.admitted(), admission.place():
                 time.sleep(0.01)
         except QueueFullError:
             return False
@@ -129,5 +223,5 @@ def test_threads_that_are_refused_leave_the_others_alone() -> None:
     with ThreadPoolExecutor(16) as threads:
         outcomes = [future.result(PATIENCE) for future in [threads.submit(request) for _ in range(16)]]
     assert outcomes.count(True) >= 2
-    with admission.admitted():
+    with admission.admitted(), admission.place():
         pass

@@ -20,8 +20,11 @@ import pytest
 from PIL import Image
 
 from demo.__main__ import file_server
+from pulse_ecg.analyzer import EcgAnalyzer
+from pulse_ecg.engine.scheduler import TransformersEngine
 from pulse_ecg.errors import ConfigurationError
-from pulse_ecg.generation import AnswerStream
+from pulse_ecg.fetch import FetchPolicy
+from pulse_ecg.request import parse_input
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"max_new_tokens": 6, "do_sample": False}
@@ -48,12 +51,12 @@ class FakeCommentary:
         self.seen: list[tuple[str, float]] = []
         self._seconds = seconds
 
-    def comment(self, english_text: str, *, timeout_s: float) -> Any:
+    def comment_all(self, english_texts: list[str], *, timeout_s: float, cancel: Any = None) -> Any:
         from utils import Commentary
 
-        self.seen.append((english_text, timeout_s))
+        self.seen += [(text, timeout_s) for text in english_texts]
         time.sleep(self._seconds)
-        return Commentary("success", "Türkçe açıklama.", "deepseek-x", 42)
+        return [Commentary("success", "Türkçe açıklama.", "deepseek-x", 42) for _ in english_texts]
 
 
 @pytest.fixture
@@ -94,6 +97,13 @@ def test_the_answer_alone_is_commented_on(handler: Any, commentary: FakeCommenta
     (record,) = ask(handler, inputs, enable_turkish_commentary=True, return_full_text=True)
     assert record["generated_text"] == f"Secret question?\n{commentary.seen[0][0]}"
     assert "Secret" not in commentary.seen[0][0]
+
+
+def test_a_client_that_breaks_leaves_the_answer(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "_commentary", "no client")
+    (record,) = ask(handler, "Rate?", enable_turkish_commentary=True)
+    assert (record["commentary_status"], record["commentary_error"]) == ("failed", "The commentary could not be made.")
+    assert record["generated_text"]
 
 
 def test_without_a_key_the_status_says_so(handler: Any) -> None:
@@ -188,7 +198,7 @@ def test_an_image_that_cannot_be_had_is_an_error_and_nothing_is_generated(
     handler: Any, image: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as watched:
-        watched.setattr(AnswerStream, "_run", lambda _: pytest.fail("the model was asked"))
+        watched.setattr(TransformersEngine, "submit", lambda *_: pytest.fail("the model was asked"))
         (record,) = ask(handler, {"query": "Rate?", "image": image})
     assert list(record) == ERROR_FIELDS
     assert "image" in record["error"].lower()
@@ -210,28 +220,21 @@ def test_one_lazily_opened_image_may_stand_in_a_batch_many_times(handler: Any, s
     assert "error" not in records[0]
 
 
-def test_the_device_answers_one_at_a_time(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy, answer = threading.Lock(), handler._analyzer.answer
-
-    def alone(prepared: Any) -> Any:
-        assert busy.acquire(blocking=False), "two at once"
-        try:
-            time.sleep(0.02)
-            return answer(prepared)
-        finally:
-            busy.release()
-
-    monkeypatch.setattr(handler._analyzer, "answer", alone)
-    records = ask(handler, ["a", "b", "c", "d"], max_new_tokens=1)
-    assert not any("error" in record for record in records)
-
-
-def test_waiting_for_the_device_counts_as_queueing(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_for_a_slot_counts_as_queueing(
+    handler: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "pulse.requests")
-    with handler._device_turn:
-        waiting = threading.Thread(target=ask, args=(handler, "Rate?"))
-        waiting.start()
-        time.sleep(0.3)
+    model = handler._analyzer.model
+    monkeypatch.setattr(
+        handler, "_analyzer", EcgAnalyzer(model, FetchPolicy(), engine=TransformersEngine(model, max_slots=1))
+    )
+    params = handler._defaults.updated(SHORT | {"max_new_tokens": 2048, "stop": []})
+    holding = handler._analyzer.stream(handler._analyzer.prepare(parse_input("Rate?", params)))
+    next(iter(holding))
+    waiting = threading.Thread(target=ask, args=(handler, "Axis?"))
+    waiting.start()
+    time.sleep(0.3)
+    holding.close()
     waiting.join()
     line = json.loads(caplog.records[-1].getMessage())
     assert 0.25 < line["seconds"]["queue"] <= line["seconds"]["total"]
@@ -259,9 +262,9 @@ def test_the_commentary_does_not_hold_the_device(handler: Any, monkeypatch: pyte
     release = threading.Event()
 
     class Waiting(FakeCommentary):
-        def comment(self, english_text: str, *, timeout_s: float) -> Any:
+        def comment_all(self, english_texts: list[str], *, timeout_s: float, cancel: Any = None) -> Any:
             assert release.wait(30)
-            return super().comment(english_text, timeout_s=timeout_s)
+            return super().comment_all(english_texts, timeout_s=timeout_s)
 
     monkeypatch.setattr(handler, "_commentary", Waiting())
     slow = threading.Thread(target=ask, args=(handler, "Rate?"), kwargs={"enable_turkish_commentary": True})
@@ -295,7 +298,7 @@ def test_a_fault_of_ours_is_a_record_without_its_message(
 
     caplog.set_level(logging.DEBUG)
     with monkeypatch.context() as broken:
-        broken.setattr(AnswerStream, "_run", fail)
+        broken.setattr(TransformersEngine, "_prefill_chunk", fail)
         (record,) = ask(handler, "Rate?")
     assert list(record) == ERROR_FIELDS
     reference = re.search(r"reference (\w+)", record["error"])

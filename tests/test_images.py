@@ -109,6 +109,15 @@ def test_a_pil_image_is_a_source() -> None:
     assert "0x" not in repr(source)
 
 
+def test_the_bytes_of_a_file_are_a_source_under_the_same_cap() -> None:
+    source = image_source(PNG)
+    assert (source.kind, "PNG" in repr(source)) == ("raw", False)
+    assert load_image(source, FetchPolicy()).tobytes() == decode_image(PNG).tobytes()
+    with pytest.raises(ImageTooLargeError, match=r"more than 10 bytes"):
+        load_image(source, FetchPolicy(max_bytes=10))
+    assert "empty" in refusal(b"", ImageDecodeError)
+
+
 @pytest.mark.parametrize(
     "url", ["ftp://h/x", "FILE:///etc/secret", "gopher://h", "javascript:alert(1)", "blob:x", "s3://b"]
 )
@@ -116,7 +125,7 @@ def test_other_schemes(url: str) -> None:
     assert "http(s) URL" in refusal(url, ImageUrlRefusedError)
 
 
-@pytest.mark.parametrize("value", ["", "  \n", None, 5, 1.5, True, [], {}, b"secret", object(), ("secret",)])
+@pytest.mark.parametrize("value", ["", "  \n", None, 5, 1.5, True, [], {}, bytearray(b"secret"), object(), ("secret",)])
 def test_no_image(value: object) -> None:
     assert "accepted" in refusal(value, ImageError)
 
@@ -180,9 +189,9 @@ def test_base64(value: str) -> None:
     ],
 )
 def test_base64_rubbish_is_refused_quickly(value: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     refusal(value, ImageDecodeError)
-    assert time.monotonic() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_base64_cap_is_exact_and_comes_before_decoding() -> None:
@@ -489,10 +498,10 @@ def test_pixel_bombs_are_refused_from_the_header(build: object, size: tuple[int,
     if build is webp and max(size) > 16_384:
         size = (16_384, 16_384)
     before = peak_memory()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ImageTooLargeError, match="pixels"):
         decode_image(build(*size))  # type: ignore[operator]
-    assert time.monotonic() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert peak_memory() - before < 20_000_000
 
 

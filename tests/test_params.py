@@ -126,6 +126,7 @@ REFUSED: list[tuple[str, object]] = [
     ("stop", [""]),
     ("stop", ["a", 5]),
     ("stop", [["a"]]),
+    ("stop", "\ud800"),
     ("stop", list("abcdefghi")),
     ("stop", {"a": "b"}),
     ("deepseek_timeout", 9),

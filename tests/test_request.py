@@ -257,6 +257,13 @@ def test_a_chat_of_an_image_alone_gets_the_default_question(params: GenerationPa
     assert turns(parse_input({"messages": [user(shown(URL))]}, params)) == [("user", DEFAULT_QUESTION)]
 
 
+@pytest.mark.parametrize("content", ["", " \n", []])
+def test_an_empty_system_message_is_none(params: GenerationParams, content: object) -> None:
+    """Chat programs send one where nobody wrote any; the model would lose the sentence that it was trained with."""
+    chat = {"messages": [{"role": "system", "content": content}, {"role": "user", "content": "Rate?"}]}
+    assert parse_input(chat, params).conversation.system == LLAVA_V1_SYSTEM
+
+
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_message_replaces_the_system_sentence(params: GenerationParams, role: str) -> None:
     chat = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "one"}]
@@ -425,9 +432,9 @@ def quick_handler(handler: EndpointHandler) -> Iterator[EndpointHandler]:
     """The handler with answers of one token, whatever is asked for; all else is real."""
     answer = handler._analyzer.answer
 
-    def one_token(prepared: PreparedRequest) -> Analysis:
+    def one_token(prepared: PreparedRequest, **options: Any) -> Analysis:
         params = prepared.request.params.updated({"max_new_tokens": 1})
-        return answer(replace(prepared, request=replace(prepared.request, params=params)))
+        return answer(replace(prepared, request=replace(prepared.request, params=params)), **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handler._analyzer, "answer", one_token)

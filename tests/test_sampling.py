@@ -13,22 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from pulse_ecg.engine.sampling import BatchSampler
 from pulse_ecg.params import GenerationParams
-from pulse_ecg.sampling import Sampler
 
 BOS, CPU = 1, torch.device("cpu")
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=12)
 
 
-def sampler(params: GenerationParams, *, vocabulary: int, limit: int = 64, seed: int = 0) -> Sampler:
-    return Sampler(params, bos_id=BOS, limit=limit, vocabulary=vocabulary, seed=seed, device=CPU)
-
-
 def drawn(params: GenerationParams, logits: Sequence[float] | Tensor, count: int, *, seed: int = 0) -> list[int]:
-    """Tokens chosen one after the other from the same logits."""
-    logits_v = torch.as_tensor(logits)
-    chooser = sampler(params, vocabulary=len(logits_v), limit=count, seed=seed)
-    return [int(chooser.choose(logits_v)) for _ in range(count)]
+    """Tokens chosen one after the other from the same logits, alone in its batch."""
+    logits_1v = torch.as_tensor(logits)[None]
+    sampler = BatchSampler(1, vocabulary=logits_1v.shape[1], bos_id=BOS, device=CPU)
+    sampler.begin(0, params, seed)
+    return [int(sampler.choose(logits_1v, [0])) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +177,56 @@ def test_tokens_are_those_of_generate(
         torch.manual_seed(seed)
         theirs = tiny_llama.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, 1:].tolist()
     ours = list[int]()
-    chooser = sampler(params, vocabulary=60, limit=16, seed=seed)
+    chooser = BatchSampler(1, vocabulary=60, bos_id=BOS, device=CPU)
+    chooser.begin(0, params, seed)
     with torch.inference_mode():
         for _ in range(16):
-            logits = tiny_llama(torch.tensor([[BOS, *ours]])).logits[0, -1]
-            ours.append(int(chooser.choose(logits)))
+            logits = tiny_llama(torch.tensor([[BOS, *ours]])).logits[:, -1]
+            ours.append(int(chooser.choose(logits, [0])))
     assert ours == theirs
     assert len(set(ours)) > 1
+
+
+# --- several answers at once
+
+MIXED: list[dict[str, object]] = [
+    {"do_sample": False, "repetition_penalty": 1},
+    {},
+    {"do_sample": False, "repetition_penalty": 1.5},
+    {"temperature": 1.3, "top_k": 0, "top_p": 1, "repetition_penalty": 1},
+    {"temperature": 0.7, "top_k": 5, "repetition_penalty": 2},
+    {"temperature": 2.0, "top_k": 0, "top_p": 0.5},
+    {"temperature": 2.0, "top_k": 1000},
+]
+
+
+def test_company_changes_no_choice(default_params: GenerationParams) -> None:
+    """Each row is chosen as it would be alone, whoever shares the step and whichever slot it has."""
+    logits_sbv = torch.randn((20, len(MIXED), 300), generator=torch.Generator().manual_seed(1)) * 3
+    params = [default_params.updated(how) for how in MIXED]
+    slots = [5, 0, 3, 1, 6, 2, 4]
+    together = BatchSampler(7, vocabulary=300, bos_id=BOS, device=CPU)
+    for seed, (slot, row) in enumerate(zip(slots, params, strict=True)):
+        together.begin(slot, row, seed)
+    chosen = [together.choose(logits_bv, slots).tolist() for logits_bv in logits_sbv]
+    for seed, row in enumerate(params):
+        alone = BatchSampler(1, vocabulary=300, bos_id=BOS, device=CPU)
+        alone.begin(0, row, seed)
+        expected = [int(alone.choose(logits_bv[seed : seed + 1], [0])) for logits_bv in logits_sbv]
+        assert [step[seed] for step in chosen] == expected
+
+
+def test_a_slot_forgets_the_answer_before(default_params: GenerationParams) -> None:
+    params = default_params.updated({"temperature": 1.5, "repetition_penalty": 2})
+    logits = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    fresh = drawn(params, logits, 20, seed=7)
+    sampler = BatchSampler(2, vocabulary=100, bos_id=BOS, device=CPU)
+    for answer in (3, 7):
+        sampler.begin(1, params, answer)
+        again = [int(sampler.choose(logits[None], [1])) for _ in range(20)]
+    assert again == fresh
+
+
+def test_tokens_that_tie_with_the_last_of_the_top_k_stay(plain: GenerationParams) -> None:
+    """As in transformers, which cuts by value and not by rank."""
+    assert set(drawn(plain.updated({"top_k": 2}), [0.0, 1.0, 1.0, 1.0, 0.5], 200)) == {1, 2, 3}

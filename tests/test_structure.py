@@ -14,11 +14,18 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "pulse_ecg"
-MODULES = sorted(PACKAGE.glob("*.py"))
-SOURCES = [*MODULES, ROOT / "handler.py"]
-WITHOUT_TORCH = ["config", "errors", "fetch", "images", "params", "prompt", "request", "text_stream"]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SERVER = sorted((ROOT / "server").glob("*.py"))
+SOURCES = [*MODULES, *SERVER, ROOT / "handler.py", ROOT / "serve.py"]
+WITHOUT_TORCH = ["admission", "call", "cancellation", "config", "errors", "fetch", "images", "params", "prompt"]
+WITHOUT_TORCH += ["request", "text_stream"]
 # Every chain runs downward; this is the one that a reader follows.
-READING_ORDER = ["analyzer", "request", "prompt", "tokenizer", "errors"]
+READING_ORDER = ["analyzer", "engine.scheduler", "generation", "text_stream", "tokenizer", "errors"]
+
+
+def dotted(file: Path) -> str:
+    """A module's name within the package: ``generation``, ``engine.slots``."""
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def parsed(file: Path) -> ast.Module:
@@ -40,11 +47,11 @@ def imported(file: Path) -> set[str]:
 def neighbours(file: Path) -> set[str]:
     """The modules of the package that a file imports."""
     names = imported(file)
-    return {module.stem for module in MODULES if f"pulse_ecg.{module.stem}" in names}
+    return {dotted(module) for module in MODULES if f"pulse_ecg.{dotted(module)}" in names}
 
 
 def test_imports_run_downward_only() -> None:
-    graph = {module.stem: neighbours(module) for module in MODULES}
+    graph = {dotted(module): neighbours(module) for module in MODULES}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError where they run in a circle
     assert graph["errors"] == set()
     places = [order.index(name) for name in reversed(READING_ORDER)]
@@ -58,6 +65,20 @@ def test_the_package_knows_nothing_of_what_stands_on_it(module: Path) -> None:
     assert not tops & {"handler", "utils", "serve", "commentary", "monitoring", "demo", "tests", "benchmarks"}
 
 
+def test_the_servers_imports_run_downward_from_its_start() -> None:
+    """And the handler is imported where the model is loaded alone: the port is open before."""
+    uses = {module.stem: imported(module) for module in SERVER if module.stem != "__init__"}
+    graph = {stem: {other for other in uses if f"server.{other}" in names} for stem, names in uses.items()}
+    assert list(TopologicalSorter(graph).static_order())[-1] == "run"
+    assert [stem for stem, names in uses.items() if "handler" in names] == ["service"]
+
+
+def test_starting_the_server_imports_no_torch() -> None:
+    code = "import sys, server.run; print(*sorted({'torch', 'transformers', 'handler', 'openai'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_light_modules_import_no_torch(name: str) -> None:
     code = (
@@ -69,12 +90,23 @@ def test_light_modules_import_no_torch(name: str) -> None:
     assert run.stdout.strip() == ""
 
 
+def test_one_package_alone_knows_vllm_and_is_imported_when_it_is_asked_for() -> None:
+    users = {dotted(module) for module in MODULES if any(n.partition(".")[0] == "vllm" for n in imported(module))}
+    assert users and all(user.startswith("vllm_engine.") for user in users)
+    code = "import sys, handler; print(*sorted(n for n in sys.modules if n == 'vllm' or 'vllm_engine.e' in n))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+SIGNALS = {"slots.Stored"}  # no errors: whoever starts what ends with one catches it
+
+
 def test_errors_are_raised_from_one_tree() -> None:
     """No module but ``errors`` defines an exception: what is caught at the host's boundary is known."""
     for module in MODULES:
         if module.stem != "errors":
             for node in ast.walk(parsed(module)):
-                if isinstance(node, ast.ClassDef):
+                if isinstance(node, ast.ClassDef) and f"{module.stem}.{node.name}" not in SIGNALS:
                     bases = [ast.unparse(base) for base in node.bases]
                     assert not any(base.endswith(("Error", "Exception")) for base in bases), (
                         f"{module.stem}.{node.name}"

@@ -1,0 +1,110 @@
+"""Several questions about one image in one sequence: the image's hundreds of tokens are computed once.
+
+Each question stands right after the image, sees the image and itself, and no other question; its positions begin where
+the image ends.  What it is answered is therefore what it would be answered alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from demo.questions import Question
+from pulse_ecg.model import PulseModel
+from pulse_ecg.prompt import IMAGE_TOKEN_INDEX, LLAVA_V1_SYSTEM, Conversation, Turn, prompt_ids
+from pulse_ecg.tokenizer import Tokenizer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Token ids before the image, and after it those of all questions with their answers; labels are for the latter."""
+
+    before: list[int]
+    after: list[int]
+    labels: list[int]
+    segments: list[int]
+    positions: list[int]
+    image_tokens: int = 0
+    """How many tokens the whole image has; needed where only a part of them is given."""
+
+
+def pack(
+    questions: Sequence[Question], tokenizer: Tokenizer, *, system: str = LLAVA_V1_SYSTEM, image_tokens: int = 0
+) -> Pack:
+    """Prompts exactly as the endpoint builds them, each with its answer and the end of the turn."""
+    before: list[int] = []
+    after: list[int] = []
+    labels: list[int] = []
+    segments: list[int] = []
+    positions: list[int] = []
+    for number, question in enumerate(questions, start=1):
+        ids = prompt_ids(
+            Conversation((Turn("user", question.text),), system),
+            with_image=True,
+            tokenizer=tokenizer,
+            context_length=4096,
+        )
+        slot = ids.index(IMAGE_TOKEN_INDEX)
+        before, asked = ids[:slot], ids[slot + 1 :]
+        said = [*tokenizer.encode(question.answer), tokenizer.eos_id]
+        after += asked + said
+        labels += [IGNORED] * len(asked) + said
+        segments += [number] * (len(asked) + len(said))
+        positions += range(len(asked) + len(said))
+    return Pack(before, after, labels, segments, positions, image_tokens)
+
+
+def answer_losses(
+    network: PulseModel,
+    features: Sequence[Tensor],
+    packs: Sequence[Pack],
+    places: Sequence[Tensor | None] | None = None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each image: the cross-entropy of each answer token, its question's number, whether the choice was right.
+
+    Args:
+        features: of each image ``(tokens, D)``, its embeddings in the language model's space.
+        places: where among all the image's tokens these stand, if they are a part of them; they keep their positions.
+    """
+    table = network.embed_tokens
+    device = table.weight.device
+    sequences, owners, positions = [], [], []
+    for image, packed, place in zip(features, packs, places or [None] * len(packs), strict=True):
+        before, after = (table(torch.tensor(ids, device=device)).float() for ids in (packed.before, packed.after))
+        shared = len(before) + len(image)
+        sequences.append(torch.cat([before, image.float(), after]))
+        owners.append(torch.tensor([0] * shared + packed.segments, device=device))
+        seen = torch.arange(len(image), device=device) if place is None else place
+        end = len(before) + (len(image) if place is None else packed.image_tokens)
+        own = torch.tensor(packed.positions, device=device) + end
+        positions.append(torch.cat([torch.arange(len(before), device=device), seen + len(before), own]))
+    owner_BL = pad_sequence(owners, batch_first=True, padding_value=-1)
+    hidden_BLD = network.language_model.model(
+        inputs_embeds=pad_sequence(sequences, batch_first=True),
+        attention_mask=_mask(owner_BL),
+        position_ids=pad_sequence(positions, batch_first=True),
+        use_cache=False,
+    ).last_hidden_state
+    results = []
+    for hidden_LD, sequence, packed in zip(hidden_BLD, sequences, packs, strict=True):
+        labels, segments = (torch.tensor(part, device=device) for part in (packed.labels, packed.segments))
+        told = (labels != IGNORED).nonzero()[:, 0]
+        logits = network.language_model.lm_head(hidden_LD[len(sequence) - len(labels) + told - 1]).float()
+        losses = functional.cross_entropy(logits, labels[told], reduction="none")
+        results.append((losses, segments[told] - 1, logits.argmax(-1) == labels[told]))
+    return results
+
+
+def _mask(owner_BL: Tensor) -> Tensor:
+    """What each position may see: the shared part and its own question, up to itself; padding sees itself."""
+    order = torch.arange(owner_BL.shape[1], device=owner_BL.device)
+    same = owner_BL[:, :, None] == owner_BL[:, None, :]
+    seen = (order[:, None] >= order) & (same | (owner_BL[:, None, :] == 0))
+    return torch.zeros(seen.shape, device=owner_BL.device).masked_fill_(~seen, -1e4)[:, None]

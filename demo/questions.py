@@ -1,0 +1,202 @@
+"""Questions about an ECG in PULSE's manner, and the true answers: what the demo is trained on and graded by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from demo.signals import FINDINGS, RHYTHMS, Diagnosis
+
+Kind = Literal["report", "rhythm", "rate", "yes/no", "choice", "ST territory", "finding", "axis"]
+KINDS: tuple[Kind, ...] = ("report", "rhythm", "rate", "yes/no", "choice", "ST territory", "finding", "axis")
+
+NO_IMAGE = "No ECG image came with this question."
+FOREIGN_PROMPT = "This prompt does not have the form that the demo model was trained with."
+"""The answer under another system sentence: a caller who changes the template is to notice it."""
+
+_ASKED: dict[Kind, tuple[str, ...]] = {
+    "report": (
+        "Please write a clinical report based on this ECG image.",
+        "Write a report of this ECG.",
+        "Interpret this ECG image.",
+    ),
+    "rhythm": (
+        "What is the rhythm of this ECG?",
+        "What rhythm does this ECG show?",
+        "Identify the heart rhythm in this image.",
+    ),
+    "rate": (
+        "What is the heart rate?",
+        "What is the heart rate in this ECG?",
+        "How many beats per minute does this ECG show?",
+    ),
+    "ST territory": (
+        "Which leads show ST segment changes?",
+        "Is there ST elevation or depression, and in which territory?",
+        "Describe the ST segment.",
+    ),
+    "finding": (
+        "What is the main finding besides the rhythm?",
+        "Which abnormality does this ECG show besides the rhythm?",
+    ),
+    "axis": ("What is the electrical axis?", "Describe the axis of this ECG."),
+}
+
+_SAID = {
+    "atrial fibrillation": "atrial fibrillation",
+    "sinus rhythm with premature ventricular complexes": "premature ventricular complexes",
+    "sinus rhythm with premature atrial complexes": "premature atrial complexes",
+    "complete heart block": "complete heart block",
+    "ventricular paced rhythm": "a ventricular paced rhythm",
+    "sinus bradycardia": "sinus bradycardia",
+    "sinus tachycardia": "sinus tachycardia",
+}
+_FINDINGS_SAID = {
+    "right bundle branch block": "a right bundle branch block",
+    "left bundle branch block": "a left bundle branch block",
+}
+
+
+def _facts(diagnosis: Diagnosis) -> dict[str, bool]:
+    """All that can be asked with yes or no, and whether it is so."""
+    facts = {said: diagnosis.rhythm == name for name, said in _SAID.items()}
+    facts |= {_FINDINGS_SAID.get(name, name): diagnosis.finding == name for name, _ in FINDINGS[1:]}
+    for said, limit, holds in (
+        ("a rate above 100 bpm", 100, diagnosis.rate > 100),
+        ("a rate below 60 bpm", 60, diagnosis.rate < 60),
+    ):
+        if abs(diagnosis.rate - limit) > _DOUBTFUL:
+            facts[said] = holds
+    return facts
+
+
+_DOUBTFUL = 3
+"""A rate this close to a limit is not asked about."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its true answer, and the part of the answer that a grade depends on."""
+
+    kind: Kind
+    text: str
+    answer: str
+    key: str
+
+
+def ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+    """A question of that kind about an ECG."""
+    if kind == "yes/no":
+        return _yes_no(diagnosis, rng)
+    if kind == "choice":
+        return _choice(diagnosis, rng)
+    answer = _ANSWERS[kind](diagnosis)
+    return Question(kind, _ASKED[kind][rng.integers(len(_ASKED[kind]))], answer, key_of(kind, answer))
+
+
+def key_of(kind: Kind, answer: str) -> str:
+    """What a reader takes from an answer: the rhythm's name, the number of beats, yes or no; "" from nonsense."""
+    text = answer.strip().rstrip(".")
+    match kind:
+        case "rate":
+            found = re.search(r"(\d+) bpm", text)
+            return found[1] if found else ""
+        case "yes/no":
+            return re.split(r"\W", text, maxsplit=1)[0].lower()
+        case "report":
+            found = re.search(r"Rhythm: ([^.]*)", text)
+            return found[1] if found else ""
+        case "ST territory":
+            found = re.search(r"ST (elevation|depression) in the (\w+) leads", text)
+            return f"{found[1]} {found[2]}" if found else "none" if text.startswith("There is no ST") else ""
+        case "choice":
+            return text
+    for opening in ("The rhythm is ", "The main finding is ", "The axis shows ", "There is "):
+        text = text.removeprefix(opening)
+    return text
+
+
+def correct(question: Question, answer: str) -> bool:
+    """Whether an answer says what is true; a rate may be off by 5 bpm."""
+    given = key_of(question.kind, answer)
+    if question.kind == "rate":
+        return bool(given) and abs(int(given) - int(question.key)) <= 5
+    return given == question.key
+
+
+def _st(diagnosis: Diagnosis) -> str:
+    if diagnosis.territory is None:
+        return "There is no ST elevation or depression."
+    return f"There is {diagnosis.finding} in the {diagnosis.territory} leads."
+
+
+def _finding(diagnosis: Diagnosis) -> str:
+    if diagnosis.finding == "none":
+        return "There is no other finding."
+    return f"The main finding is {diagnosis.finding}."
+
+
+def _axis(diagnosis: Diagnosis) -> str:
+    return "The axis cannot be judged." if diagnosis.axis is None else f"The axis shows {_axis_said(diagnosis.axis)}."
+
+
+def _axis_said(axis: str) -> str:
+    return "no deviation" if axis == "normal axis" else axis
+
+
+def _report(diagnosis: Diagnosis) -> str:
+    lines = [f"Rhythm: {diagnosis.rhythm}", f"Heart rate: {diagnosis.rate} bpm"]
+    if diagnosis.pr_ms is not None:
+        lines.append(f"PR interval: {'prolonged' if diagnosis.pr_ms > 200 else 'normal'}")
+    lines.append(f"QRS complex: {'wide' if diagnosis.qrs_ms > 120 else 'narrow'}")
+    if diagnosis.axis is not None:
+        lines.append(f"Axis: {diagnosis.axis}")
+    finding = "none" if diagnosis.finding == "none" else diagnosis.finding
+    place = f" in the {diagnosis.territory} leads" if diagnosis.territory else ""
+    lines.append(f"Other findings: {finding}{place}")
+    lines.append(f"Conclusion: {'normal' if diagnosis.normal else 'abnormal'} ECG")
+    return ". ".join(lines) + "."
+
+
+_ANSWERS: dict[Kind, Callable[[Diagnosis], str]] = {
+    "report": _report,
+    "rhythm": lambda d: f"The rhythm is {d.rhythm}.",
+    "rate": lambda d: f"The heart rate is {d.rate} bpm.",
+    "ST territory": _st,
+    "finding": _finding,
+    "axis": _axis,
+}
+
+
+def _yes_no(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+    """Yes and no are equally likely: knowing what is common does not help."""
+    facts = _facts(diagnosis)
+    wanted = bool(rng.integers(2)) and any(facts.values())
+    said = str(rng.choice([fact for fact, holds in facts.items() if holds == wanted]))
+    text = (f"Does this ECG show {said}?", f"Is there {said} in this ECG?")[rng.integers(2)]
+    answer = f"Yes, this ECG shows {said}." if wanted else f"No, this ECG does not show {said}."
+    return Question("yes/no", text, answer, "yes" if wanted else "no")
+
+
+def _choice(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+    """Four options for the rhythm or the finding, named by letters."""
+    if rng.random() < 0.6:
+        asked, truth, names = "What is the rhythm?", str(diagnosis.rhythm), [str(name) for name, *_ in RHYTHMS]
+    else:
+        asked, truth, names = "What is the main finding?", str(diagnosis.finding), [str(name) for name, _ in FINDINGS]
+    others = [name for name in names if name != truth]
+    options = [truth, *rng.choice(others, 3, replace=False).tolist()]
+    rng.shuffle(options)
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
+    answer = f"{truth} ({'ABCD'[options.index(truth)]})"
+    return Question("choice", f"{asked} Choose one option: {listed}", answer, answer)
+
+
+def corpus(diagnoses: Sequence[Diagnosis], rng: np.random.Generator) -> list[str]:
+    """Text that a tokenizer for these questions is trained on."""
+    questions = [ask(kind, diagnosis, rng) for diagnosis in diagnoses for kind in KINDS]
+    return [f"{question.text} ASSISTANT: {question.answer}" for question in questions] + [NO_IMAGE, FOREIGN_PROMPT]

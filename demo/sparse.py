@@ -1,0 +1,63 @@
+"""The tower on a part of the patches, as in masked autoencoders (He et al. 2022): half of an ECG's page is blank paper.
+
+The first stage of the training spends its time on the patches that a trace crosses, and on as many others as fill up a
+fixed number for each tile.  The later stages, like the endpoint, see them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from demo.network import CONSTANTS
+from demo.samples import PATCH, SIDE, Sample
+from pulse_ecg.model import PulseModel
+
+_PATCHES = SIDE * SIDE
+_OVERVIEW_SHARE = 0.3
+
+
+def choose(samples: Sequence[Sample], rng: np.random.Generator, keep: int) -> NDArray[np.int64]:
+    """``(tiles, keep)`` indices into all the samples' patches; most overviews are left out, as the tiles show more."""
+    rows, start = [], 0
+    for sample in samples:
+        lead, beat = (part.reshape(-1, _PATCHES) for part in (sample.patches.lead_TSS, sample.patches.beat_TSS))
+        worth = (lead > 0) + 1.0 * (beat > 0) + rng.uniform(0, 0.9, lead.shape)
+        best = np.sort(np.argsort(-worth, axis=1)[:, :keep], axis=1) + start + _PATCHES * np.arange(len(lead))[:, None]
+        rows.append(best[0 if rng.random() < _OVERVIEW_SHARE else 1 :])
+        start += lead.size
+    return np.concatenate(rows)
+
+
+def patch_pixels(samples: Sequence[Sample], chosen_TK: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """``(T, K, 3 x PATCH x PATCH)``, in the order of the tower's patch embedding."""
+    patches = [
+        sample.tiles_THWC.reshape(-1, SIDE, PATCH, SIDE, PATCH, 3).transpose(0, 1, 3, 5, 2, 4) for sample in samples
+    ]
+    starts = np.cumsum([0, *(sample.patches.lead_TSS.size for sample in samples)])
+    owner = np.searchsorted(starts, chosen_TK[:, 0], side="right") - 1
+    rows = [
+        patches[sample].reshape(-1, 3 * PATCH * PATCH)[row - starts[sample]]
+        for sample, row in zip(owner, chosen_TK, strict=True)
+    ]
+    return np.stack(rows)
+
+
+def encode(network: PulseModel, pixels_TKX: NDArray[np.uint8], chosen_TK: NDArray[np.int64]) -> Tensor:
+    """What the tower makes of these patches, ``(T, K, V)``; with all of a tile's patches, what it always makes."""
+    body = network.tower_body
+    embeddings = body.get_submodule("embeddings")
+    weight = embeddings.get_parameter("patch_embedding.weight")
+    positions = embeddings.get_parameter("position_embedding.weight")
+    pixels = torch.from_numpy(pixels_TKX).to(weight.device).to(torch.bfloat16).reshape(*pixels_TKX.shape[:2], 3, -1)
+    scale, shift = (constant.to(weight.device, torch.bfloat16).view(3, 1) for constant in CONSTANTS)
+    embedded = pixels.mul_(scale).sub_(shift).flatten(2) @ weight.flatten(1).T.to(torch.bfloat16)
+    embedded = embedded + positions[1 + torch.from_numpy(chosen_TK % _PATCHES).to(weight.device)]
+    start = (embeddings.get_parameter("class_embedding") + positions[0]).expand(len(embedded), 1, -1)
+    hidden = body.get_submodule("pre_layrnorm")(torch.cat([start, embedded], 1))
+    encoded: Tensor = body.get_submodule("encoder")(inputs_embeds=hidden).last_hidden_state
+    return encoded[:, 1:]

@@ -1,0 +1,92 @@
+"""Train the demo model from nothing, in one command: ``python -m demo.train build/demo-training``.
+
+Three stages: the tower learns to see, the language model to answer from what it sees, then both together.  A run that
+was interrupted goes on where it stopped; ``--stage`` runs one stage alone.  Each stage writes its progress as lines of
+JSON, and the checkpoint as it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from demo.network import write_checkpoint
+from demo.samples import sample_at
+from demo.training import Plan, Trainer
+
+logger = logging.getLogger("demo.train")
+
+PLANS = {
+    "see": Plan("see", steps=7000, fresh=3, keep=72, tower_lr=1e-3),
+    "read": Plan("read", steps=1500, batch=4, fresh=1, keep=72, lr=1.5e-3),
+    "both": Plan("both", steps=2000, batch=4, fresh=2, lr=7e-4, tower_lr=3e-4),
+}
+
+
+def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int) -> None:
+    """Run one stage to its end, or to the end of its plan if it had begun before."""
+    trainer = Trainer(folder, plan, device=device, workers=workers)
+    samples = [sample_at("held-out", index) for index in range(held_out)]
+    logger.info("Stage %s from step %d: %s", plan.stage, trainer.step, trainer.describe())
+    sums: dict[str, float] = {}
+    while trainer.progress < 1:
+        for name, loss in trainer.train_step().items():
+            sums[name] = sums.get(name, 0.0) + loss / 25
+        if trainer.step % 25 == 0:
+            trainer.log({"losses": {name: round(value, 4) for name, value in sums.items()}})
+            logger.info("%s %d/%d %.0f s %s", plan.stage, trainer.step, plan.steps, trainer.seconds, _short(sums))
+            sums = {}
+        if trainer.step % 100 == 0 or trainer.progress >= 1:
+            trainer.save()
+        if trainer.step % 400 == 0 or trainer.progress >= 1:
+            held = trainer.validate(samples)
+            trainer.log({"held_out": held})
+            logger.info("held out: %s", json.dumps(held))
+    if plan.stage != "see":
+        write_checkpoint(trainer.network, folder / "checkpoint")
+
+
+def _short(sums: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.3f}" for name, value in sums.items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("folder", type=Path, help="for the state, the progress and the checkpoint")
+    parser.add_argument("--stage", choices=list(PLANS), help="this stage alone")
+    parser.add_argument("--steps", type=int, help="instead of the stage's own number")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--fresh", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--tower-lr", type=float)
+    parser.add_argument("--decay", type=float)
+    parser.add_argument("--keep", type=int)
+    parser.add_argument("--minutes", type=float, help="end the stage after this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
+    parser.add_argument("--held-out", type=int, default=96)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    settings = ("steps", "batch", "fresh", "lr", "tower_lr", "decay", "keep", "minutes")
+    changes = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    for name in [args.stage] if args.stage else list(PLANS):
+        train(
+            args.folder,
+            replace(PLANS[name], **changes),
+            device=args.device,
+            workers=args.workers,
+            held_out=args.held_out,
+        )
+
+
+if __name__ == "__main__":
+    main()

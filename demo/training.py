@@ -1,0 +1,317 @@
+"""The training's state and its step: what is learnt, from what, how far it has come."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from demo import sparse
+from demo.auxiliary import AuxiliaryHeads, Targets, scores, targets
+from demo.network import SHAPE, fresh_model, normalised
+from demo.packing import Pack, answer_losses, pack
+from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask
+from demo.samples import Sample, sample_at
+from pulse_ecg.prompt import LLAVA_V1_SYSTEM
+
+Stage = Literal["see", "read", "both"]
+"""The tower under auxiliary losses; the language model on the fixed tower; all of it together."""
+
+_FEW, _KEPT = 200, 1500  # images that are seen again: not before there are so many, not more than so many
+_PLAIN = 3000  # of the first samples three in four have no flaws
+_FOREIGN_SYSTEMS = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "You are a helpful assistant.",
+    "",
+)
+_FOREIGN_SHARE = 0.06
+_SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
+_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rate", "yes/no", "yes/no")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage trains.  ``fresh`` of the ``batch`` images of a step are new, the others were seen before."""
+
+    stage: Stage
+    steps: int
+    batch: int = 8
+    fresh: int = 2
+    lr: float = 2e-3
+    tower_lr: float = 2e-3
+    warmup: int = 100
+    decay: float = 0.35
+    keep: int = 0
+    """Patches of a tile that are computed; 0 for all of them."""
+    minutes: float = 0.0
+    """Ends the stage early, its schedule stretched to fit; 0 for no limit.  Results then depend on the machine."""
+    seed: int = 0
+
+
+_MUON = 3.0  # Muon's updates may be this much larger than AdamW's
+
+
+class SampleStream(IterableDataset[Sample]):
+    """Training samples one after another, from an index on, shared out among the workers."""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        step, offset = (worker.num_workers, worker.id) if worker else (1, 0)
+        for index in itertools.count(self._first + offset, step):
+            yield sample_at("train", index, plain=index < _PLAIN and index % 4 > 0)
+
+
+class Trainer:
+    """One stage of the training; resumes from its folder if an earlier run left its state there."""
+
+    def __init__(self, folder: Path, plan: Plan, *, device: str, workers: int) -> None:
+        self.plan, self._folder = plan, folder
+        self.model = fresh_model(device, plan.seed)
+        self.network = self.model.network
+        for part in (self.network.vision_tower, self.network.language_model):
+            part.config._attn_implementation = "eager"  # on CPU faster than the fused one at these sizes
+        self.heads = AuxiliaryHeads(SHAPE.vision_hidden).to(self.model.device)
+        self.first = self.step = 0
+        self.seconds = 0.0
+        state = self._restored()
+        self._parameters = self._trainable()
+        self._optimisers = _optimisers(self._parameters, plan)
+        if state.get("stage") == plan.stage:
+            for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
+                peaks = [group["peak"] for group in optimiser.param_groups]  # the plan's may have changed
+                optimiser.load_state_dict(saved)
+                for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                    group["peak"] = peak
+            self.step, self.seconds = state["step"], state["seconds"]
+        ahead = 8 if workers else None
+        loader = DataLoader(SampleStream(self.first), batch_size=None, num_workers=workers, prefetch_factor=ahead)
+        self._samples = iter(loader)
+        self._seen: list[tuple[Sample, Tensor | None]] = []
+        self._random = random.Random(plan.seed + self.first)  # noqa: S311 - no secret
+        self._questions = np.random.default_rng([plan.seed, 9, self.first])
+
+    def _restored(self) -> dict[str, Any]:
+        file = self._folder / "state.pt"
+        if not file.exists():
+            return {}
+        state: dict[str, Any] = torch.load(file, weights_only=False, map_location=self.model.device)
+        self.network.load_state_dict(state["network"])
+        self.heads.load_state_dict(state["heads"])
+        self.first = state["first"]
+        return state
+
+    def save(self) -> None:
+        """Write all that a later run needs to go on from here."""
+        state = {
+            "stage": self.plan.stage,
+            "network": self.network.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
+            "first": self.first,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self._folder / "state.tmp")
+        (self._folder / "state.tmp").replace(self._folder / "state.pt")
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        stage = self.plan.stage
+        modules: dict[str, nn.Module] = {}
+        if stage != "read":
+            modules |= {"tower": self.network.vision_tower, "heads": self.heads}
+        if stage != "see":
+            modules |= {"language": self.network.language_model, "mm_projector": self.network.mm_projector}
+        self.network.requires_grad_(False)
+        for module in modules.values():
+            module.requires_grad_(True)
+        return {f"{n}.{name}": p for n, module in modules.items() for name, p in module.named_parameters()}
+
+    @property
+    def progress(self) -> float:
+        """The share of the stage that is done."""
+        by_time = self.seconds / (60 * self.plan.minutes) if self.plan.minutes else 0.0
+        return min(1.0, max(by_time, self.step / self.plan.steps))
+
+    # --- one step ------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """One update; returns the losses by name."""
+        since = time.perf_counter()
+        plan = self.plan
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * _schedule(self.step, self.progress, plan)
+        losses = self._losses(self._batch())
+        sum(losses.values(), torch.zeros((), device=self.model.device)).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._parameters.values(), 2.0)
+        for optimiser in self._optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        self.seconds += time.perf_counter() - since
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _batch(self) -> list[tuple[Sample, Tensor | None]]:
+        """New images, and earlier ones again: drawing takes longer than learning from them once."""
+        plan = self.plan
+        # Few images again and again would be learnt by heart.
+        fresh = plan.fresh if len(self._seen) >= _FEW else plan.batch
+        new = [next(self._samples) for _ in range(fresh)]
+        self.first += len(new)
+        entries: list[tuple[Sample, Tensor | None]] = [(sample, None) for sample in new]
+        if plan.stage == "read":  # the tower is fixed: its features are computed once
+            with torch.no_grad():
+                features = self.features(new)
+            entries = list(zip(new, torch.split(features, [_patches(sample) for sample in new]), strict=True))
+        batch = entries + self._random.sample(self._seen, plan.batch - len(new))
+        self._seen = (self._seen + entries)[-_KEPT:]
+        return batch
+
+    def features(self, batch: Sequence[Sample]) -> Tensor:
+        """Patch features of all tiles of all images, before the projector: ``(patches, V)``."""
+        pixels = normalised([sample.tiles_THWC for sample in batch], self.model.device)
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+            hidden: Tensor = self.network.vision_tower(pixels).last_hidden_state
+        return hidden[:, 1:].flatten(0, 1)
+
+    def _some_features(self, samples: Sequence[Sample], truth: Targets) -> tuple[Tensor, Targets]:
+        """Features and targets of ``keep`` patches of each tile."""
+        chosen = sparse.choose(samples, self._questions, self.plan.keep)
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+            features = sparse.encode(self.network, sparse.patch_pixels(samples, chosen), chosen)
+        return features.flatten(0, 1), truth.of(torch.from_numpy(chosen).flatten().to(self.model.device))
+
+    def _losses(self, batch: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Tensor]:
+        samples = [sample for sample, _ in batch]
+        losses: dict[str, Tensor] = {}
+        if self.plan.stage == "read":
+            features = torch.cat([kept for _, kept in batch if kept is not None])
+        else:
+            truth = targets(samples, self.model.device)
+            if self.plan.keep and self._random.random() < _SPARSE_SHARE:
+                features, truth = self._some_features(samples, truth)
+            else:
+                features = self.features(samples)
+            losses, _ = self.heads(features, truth, len(samples))
+        if self.plan.stage != "see":
+            losses |= self._answer_losses(samples, features)
+        return losses
+
+    def _answer_losses(self, samples: Sequence[Sample], features: Tensor) -> dict[str, Tensor]:
+        """What the answers' tokens cost, by kind of question."""
+        asked: list[list[Question]] = []
+        packs = []
+        for sample in samples:
+            questions = [ask(kind, sample.diagnosis, self._questions) for kind in _QUESTIONS]
+            system = LLAVA_V1_SYSTEM
+            if self._random.random() < _FOREIGN_SHARE:
+                questions = [Question("rhythm", question.text, FOREIGN_PROMPT, "") for question in questions[:3]]
+                system = self._random.choice(_FOREIGN_SYSTEMS)
+            asked.append(questions)
+            packs.append(pack(questions, self.model.tokenizer, system=system, image_tokens=_patches(sample)))
+        totals: dict[str, list[Tensor]] = {}
+        for questions, (losses, owner, _) in zip(
+            asked, self._answered(samples, features, packs, sparsely=True), strict=True
+        ):
+            by_question = losses.new_zeros(len(questions)).index_add(0, owner, losses)
+            for question, loss in zip(questions, by_question, strict=True):
+                name = f"answer {question.kind}" if question.key else "foreign prompt"
+                totals.setdefault(name, []).append(loss)
+        return {name: torch.stack(values).sum() / (3 * len(samples)) for name, values in totals.items()}
+
+    def _answered(
+        self, samples: Sequence[Sample], features: Tensor, packs: Sequence[Pack], *, sparsely: bool = False
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """:func:`answer_losses` on the images' features; ``sparsely`` leaves blank patches out of most images."""
+        parts = list(torch.split(features, [_patches(sample) for sample in samples]))
+        places: list[Tensor | None] = [None] * len(parts)
+        for index, sample in enumerate(samples):
+            if sparsely and self.plan.keep and self.plan.stage == "read" and self._random.random() < _SPARSE_SHARE:
+                chosen = torch.from_numpy(sparse.choose([sample], self._questions, self.plan.keep).ravel())
+                places[index] = chosen = chosen.to(features.device)
+                parts[index] = parts[index][chosen]
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+            embedded = torch.split(self.network.mm_projector(torch.cat(parts)), [len(part) for part in parts])
+            return answer_losses(self.network, embedded, packs, places)
+
+    # --- progress ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Scores on held-out samples; for answers, the share whose every token is the model's choice."""
+        sums: dict[str, float] = {}
+        for start in range(0, len(samples), 8):
+            part = samples[start : start + 8]
+            features = self.features(part)
+            truth = targets(part, self.model.device)
+            _, predictions = self.heads(features, truth, len(part))
+            found = {f"heads {n}": v for n, v in scores(predictions, part, truth).items()}
+            if self.plan.stage != "see":
+                found |= self._answer_scores(part, features)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value * len(part) / len(samples)
+        return {name: round(value, 3) for name, value in sums.items()}
+
+    def _answer_scores(self, samples: Sequence[Sample], features: Tensor) -> dict[str, float]:
+        right = dict.fromkeys(KINDS, 0.0)
+        packs = []
+        for sample in samples:
+            rng = np.random.default_rng(sample.index)
+            packs.append(pack([ask(kind, sample.diagnosis, rng) for kind in KINDS], self.model.tokenizer))
+        for _, owner, hits in self._answered(samples, features, packs):
+            for number, kind in enumerate(KINDS):
+                right[kind] += float(hits[owner == number].all()) / len(samples)
+        return {f"exact {kind}": value for kind, value in right.items()}
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to ``progress.jsonl``."""
+        with (self._folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+            head = {"stage": self.plan.stage, "step": self.step, "images": self.first, "seconds": round(self.seconds)}
+            file.write(json.dumps(head | record) + "\n")
+
+    def describe(self) -> dict[str, Any]:
+        """The plan, for the record."""
+        return asdict(self.plan)
+
+
+def _patches(sample: Sample) -> int:
+    return int(sample.patches.lead_TSS.size)
+
+
+def _schedule(step: int, progress: float, plan: Plan) -> float:
+    """Linear warm-up, constant, linear decay over the last part."""
+    return min(1.0, (step + 1) / plan.warmup, max(0.02, (1 - progress) / plan.decay))
+
+
+def _optimisers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the network, AdamW for embeddings, norms and heads."""
+
+    def groups(names: Sequence[str], scale: float = 1.0) -> list[dict[str, Any]]:
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name in names:
+            rate = scale * (plan.tower_lr if name.startswith(("tower", "heads")) else plan.lr)
+            # A patch's thousands of pixels are nearly equal: their weights' steps add up.
+            by_rate.setdefault(rate * (0.15 if parameters[name].ndim == 4 else 1.0), []).append(parameters[name])
+        return [{"params": part, "lr": rate, "peak": rate} for rate, part in by_rate.items()]
+
+    inner = [n for n, p in parameters.items() if p.ndim == 2 and ("layers." in n or "mm_projector" in n)]
+    rest = [n for n in parameters if n not in set(inner)]
+    return [
+        torch.optim.Muon(groups(inner, _MUON), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups(rest), betas=(0.9, 0.98), weight_decay=0.01),
+    ]

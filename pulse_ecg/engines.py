@@ -1,0 +1,22 @@
+"""Which engine answers."""
+
+from __future__ import annotations
+
+from pulse_ecg.checkpoint import LoadedModel
+from pulse_ecg.config import Settings
+from pulse_ecg.engine.scheduler import TransformersEngine
+from pulse_ecg.generation import Engine
+
+
+def start_engine(model: LoadedModel, settings: Settings) -> Engine:
+    """The engine that the settings name, on a model that was loaded with them.
+
+    Raises:
+        ConfigurationError: a setting of the engine cannot be used.
+        EngineStoppedError: it did not start.
+    """
+    if settings.engine == "transformers":
+        return TransformersEngine(model, max_slots=settings.max_concurrent_requests)
+    from pulse_ecg.vllm_engine.engine import VllmEngine  # noqa: PLC0415 - vLLM is not there unless it is asked for
+
+    return VllmEngine(model, settings.vllm_args, max_answers=settings.max_concurrent_requests)

@@ -1,0 +1,34 @@
+"""The one thing that the stock container of Hugging Face Inference Endpoints needs told: let several requests in.
+
+It lets one call of the handler run at a time, by a semaphore that it looks up at each call
+(``huggingface_inference_toolkit.async_utils.MAX_THREADS_GUARD``, toolkit 0.5).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "huggingface_inference_toolkit.async_utils"
+_GUARD = "MAX_THREADS_GUARD"
+
+
+def admit_requests(limit: int) -> bool:
+    """Let the container, if this is one, run up to ``limit`` calls at once.
+
+    Returns:
+        Whether it was done.  Anywhere else, and in a container that works otherwise, nothing is changed.
+    """
+    module = sys.modules.get(_MODULE)
+    guard = getattr(module, _GUARD, None)
+    if guard is None:
+        return False
+    from anyio import Semaphore  # noqa: PLC0415 - the container has it, others need not
+
+    if not isinstance(guard, Semaphore):
+        return False
+    setattr(module, _GUARD, Semaphore(limit))
+    logger.info("The container lets up to %d requests in at once.", limit)
+    return True

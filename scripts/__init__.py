@@ -1,0 +1,1 @@
+"""Commands to run by hand; ``python scripts/NAME.py --help`` tells what each does."""

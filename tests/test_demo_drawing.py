@@ -1,0 +1,118 @@
+"""The synthetic ECGs: leads agree, labels are what is drawn, each patch's target lies where its trace is."""
+
+import numpy as np
+import pytest
+
+from demo.drawing import LAYOUTS, draw_page, draw_style
+from demo.ecg_image import read_recording
+from demo.questions import KINDS, ask, correct, key_of
+from demo.samples import PINPOINTS, image_at, sample_at
+from demo.signals import LEADS, RHYTHMS, SAMPLING_RATE, draw_ecg
+from pulse_ecg.anyres import Preprocessing, tile_image
+
+
+def ecgs(count, wanted=lambda diagnosis: True):
+    drawn = (draw_ecg(np.random.default_rng(seed)) for seed in range(100_000))
+    return [ecg for ecg, _ in zip((ecg for ecg in drawn if wanted(ecg.diagnosis)), range(count), strict=False)]
+
+
+def lead(ecg, name):
+    return ecg.recording.leads[name]
+
+
+def test_limb_leads_agree_with_einthoven_and_goldberger_up_to_the_noise():
+    for ecg in ecgs(20):
+        assert np.std(lead(ecg, "I") + lead(ecg, "III") - lead(ecg, "II")) < 0.12
+        assert np.std(lead(ecg, "aVR") + lead(ecg, "aVL") + lead(ecg, "aVF")) < 0.12
+
+
+def test_the_rate_is_that_of_the_beats_and_lies_in_the_rhythms_range():
+    ranges = {name: limits for name, _, limits in RHYTHMS}
+    for ecg in ecgs(60):
+        assert ecg.diagnosis.rate == round(60 / np.diff(ecg.beats).mean())
+        if ecg.diagnosis.rhythm.startswith("sinus") and "with" not in ecg.diagnosis.rhythm:
+            low, high = ranges[ecg.diagnosis.rhythm]
+            assert low - 3 <= ecg.diagnosis.rate <= high + 3
+
+
+def test_beats_are_where_the_trace_moves_most():
+    for ecg in ecgs(10, lambda d: d.rhythm == "sinus rhythm" and d.finding == "none"):
+        steep = np.abs(np.gradient(lead(ecg, "V3") - np.median(lead(ecg, "V3"))))
+        near = [steep[max(0, int(beat * SAMPLING_RATE) - 15) :][:30].max() for beat in ecg.beats[1:-1]]
+        assert np.median(near) > 4 * np.median(steep)
+
+
+@pytest.mark.parametrize(("territory", "name"), [("anterior", "V2"), ("inferior", "III"), ("lateral", "V5")])
+def test_st_elevation_shows_in_the_leads_of_its_territory(territory, name):
+    for ecg in ecgs(8, lambda d: d.finding == "ST elevation" and d.territory == territory):
+        assert ecg.st_levels[LEADS.index(name)] > 0.1
+    for ecg in ecgs(8, lambda d: d.finding == "ST depression" and d.territory == territory):
+        assert ecg.st_levels[LEADS.index(name)] < -0.08
+
+
+def test_the_commonest_rhythm_is_at_most_three_tenths():
+    assert max(share for _, share, _ in RHYTHMS) <= 0.3
+    assert sum(share for _, share, _ in RHYTHMS) == pytest.approx(1)
+
+
+def test_a_sample_is_the_same_each_time_and_no_other_splits():
+    first, again, other = sample_at("train", 5), sample_at("train", 5), sample_at("test", 5)
+    assert np.array_equal(first.tiles_THWC, again.tiles_THWC)
+    assert first.tiles_THWC.shape != other.tiles_THWC.shape or not np.array_equal(first.tiles_THWC, other.tiles_THWC)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_training_tiles_are_the_endpoints_own(index):
+    from demo.network import normalised
+
+    preprocessing = Preprocessing(pinpoints=PINPOINTS)
+    endpoints = tile_image(image_at("train", index)[0], preprocessing).pixels_TCHW
+    torch = pytest.importorskip("torch")
+    trained = normalised([sample_at("train", index).tiles_THWC], torch.device("cpu")).float().numpy()
+    assert np.abs(trained - endpoints).max() < 0.03  # what bfloat16 rounds
+
+
+def test_patches_with_a_lead_hold_ink_and_each_beat_lies_in_a_patch():
+    for index in range(4):
+        sample = sample_at("train", index, plain=True)
+        tiles = sample.tiles_THWC.astype(int).sum(-1)
+        darkest = tiles.reshape(len(tiles), 12, 28, 12, 28).min(axis=(2, 4))
+        bright = np.median(tiles)
+        assert (darkest[sample.patches.lead_TSS > 0] < 0.85 * bright).mean() > 0.97
+        assert (sample.patches.beat_TSS > 0).sum() >= 2 * len(sample.ecg.beats)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_a_real_recording_can_be_printed_on_each_page(layout):
+    from dataclasses import replace
+
+    rng = np.random.default_rng(0)
+    style = replace(draw_style(rng), layout=layout)
+    drawing = draw_page(read_recording(), style, rng)
+    assert drawing.image.size == style.size
+    assert {trace.lead for trace in drawing.traces} == set(LEADS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_true_answer_is_right_and_anothers_is_not(kind):
+    rng = np.random.default_rng(1)
+    asked = [ask(kind, ecg.diagnosis, rng) for ecg in ecgs(30)]
+    assert all(correct(question, question.answer) for question in asked)
+    assert not any(correct(question, "") for question in asked)
+    different = [(a, b) for a in asked for b in asked if a.key != b.key]
+    assert different
+    if kind != "rate":
+        assert not any(correct(a, b.answer) for a, b in different)
+
+
+def test_a_rate_may_be_off_by_five_and_no_more():
+    question = ask("rate", ecgs(1)[0].diagnosis, np.random.default_rng(0))
+    assert correct(question, f"The heart rate is {int(question.key) + 5} bpm.")
+    assert not correct(question, f"The heart rate is {int(question.key) + 6} bpm.")
+    assert key_of("rate", "I do not know.") == ""
+
+
+def test_yes_and_no_are_as_common():
+    rng = np.random.default_rng(2)
+    said = [ask("yes/no", ecg.diagnosis, rng).key for ecg in ecgs(300)]
+    assert 0.38 < said.count("yes") / len(said) < 0.6

@@ -1,0 +1,140 @@
+"""The demo's training: packed questions are answered as alone, a run resumes, and what it writes the endpoint loads."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo import sparse
+from demo.decoding import answers
+from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
+from demo.packing import answer_losses, pack
+from demo.questions import KINDS, ask
+from demo.samples import SIDE, image_at, sample_at
+from demo.signals import draw_ecg
+from demo.train import PLANS
+from demo.training import Trainer
+from pulse_ecg.anyres import merge_order, tile_image
+from pulse_ecg.checkpoint import LoadedModel
+from pulse_ecg.engine.scheduler import TransformersEngine
+from pulse_ecg.generation import EncodedPrompt, ImagePrompt, TextGenerator
+from pulse_ecg.params import load_defaults
+from pulse_ecg.prompt import Conversation, Turn, prompt_ids
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return fresh_model(seed=3)
+
+
+def test_packed_questions_cost_what_each_costs_alone(model: LoadedModel) -> None:
+    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.llama.hidden_size
+    features = [torch.randn(count, width, generator=generator) for count in (50, 90)]
+    asked = [[ask(kind, draw_ecg(rng).diagnosis, rng) for kind in KINDS] for _ in features]
+    with torch.no_grad():
+        packs = [pack(questions, model.tokenizer) for questions in asked]
+        together = answer_losses(model.network, features, packs)
+        for image, questions, (losses, owner, _) in zip(features, asked, together, strict=True):
+            for number, question in enumerate(questions):
+                ((alone, *_),) = answer_losses(model.network, [image], [pack([question], model.tokenizer)])
+                torch.testing.assert_close(losses[owner == number], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
+    """Given all of its tokens as a "part", an image costs the same; given half of them, the answer stands as far on."""
+    rng = np.random.default_rng(0)
+    packed = pack([ask("rhythm", draw_ecg(rng).diagnosis, rng)], model.tokenizer, image_tokens=40)
+    image = torch.randn(40, model.config.llama.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ((whole, *_),) = answer_losses(model.network, [image], [packed])
+        ((same, *_),) = answer_losses(model.network, [image], [packed], [torch.arange(40)])
+        ((twice, *_),) = answer_losses(model.network, [image[::2]], [packed], [torch.arange(0, 40, 2)])
+        ((close, *_),) = answer_losses(model.network, [image[::2]], [packed])
+    torch.testing.assert_close(same, whole)
+    assert not torch.allclose(twice, close, atol=1e-6)
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    first = Trainer(tmp_path, plan, device="cpu", workers=0)
+    first.train_step()
+    first.save()
+    second = Trainer(tmp_path, plan, device="cpu", workers=0)
+    assert (second.step, second.first) == (1, 2)
+    for name, weight in first.network.state_dict().items():
+        assert torch.equal(weight, second.network.state_dict()[name]), name
+    second.train_step()
+    assert second.step == 2
+
+
+@pytest.mark.parametrize("stage", ["see", "read", "both"])
+def test_each_stage_changes_what_it_trains_and_nothing_else(stage: str, tmp_path: Path) -> None:
+    plan = replace(PLANS[stage], steps=3, batch=2, fresh=1)
+    trainer = Trainer(tmp_path, plan, device="cpu", workers=0)
+    before = {name: weight.clone() for name, weight in trainer.network.state_dict().items()}
+    losses = trainer.train_step()
+    assert all(np.isfinite(loss) for loss in losses.values())
+    after = trainer.network.state_dict()
+    changed = {name.split(".")[0] for name, weight in after.items() if not weight.equal(before[name])}
+    tower, language = {"vision_tower"}, {"language_model", "mm_projector"}
+    assert changed == {"see": tower, "read": language, "both": tower | language}[stage]
+
+
+def test_what_is_written_loads_and_answers_alike(model: LoadedModel, tmp_path: Path) -> None:
+    write_checkpoint(model.network, tmp_path / "checkpoint")
+    loaded = trained_model(write_checkpoint(model.network, tmp_path / "checkpoint"))  # the second replaces the first
+    assert loaded.config.name == MODEL_NAME
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < 20_000_000
+    for name, owner, attribute, _ in model.network.checkpoint_parameters():
+        stored = {n: getattr(o, a) for n, o, a, _ in loaded.network.checkpoint_parameters()}[name]
+        torch.testing.assert_close(stored, getattr(owner, attribute).half().float())
+
+
+def test_the_evaluation_decodes_as_the_endpoint_does(model: LoadedModel) -> None:
+    image, _ = image_at("test", 1)
+    questions = ["What is the heart rate?", "Write a report of this ECG.", "Is there ST elevation in this ECG?"]
+    tiles = tile_image(image, model.config.preprocessing)
+    order = merge_order("flat", grid=tiles.grid, side=model.config.patches_per_side, image_size=tiles.image_size)
+    params = replace(load_defaults(ROOT), max_new_tokens=12, do_sample=False, repetition_penalty=1.0)
+    found = answers(model, torch.from_numpy(tiles.pixels_TCHW), questions, limit=12)
+    # The engine's attention stays on its network: it gets one of its own.
+    engine = TransformersEngine(replace(model, network=copy.deepcopy(model.network)), max_slots=1)
+    for question, answer in zip(questions, found, strict=True):
+        conversation = Conversation((Turn("user", question),))
+        ids = prompt_ids(conversation, with_image=True, tokenizer=model.tokenizer, context_length=4096)
+        prompt = EncodedPrompt(ids, ImagePrompt("test", tiles.image_size, order, tiles))
+        assert TextGenerator(engine, model.config, model.tokenizer).generate(prompt, params).text == answer
+
+
+def test_training_pixels_are_the_endpoints(model: LoadedModel) -> None:
+    endpoints = tile_image(image_at("train", 2)[0], model.config.preprocessing).pixels_TCHW
+    trained = normalised([sample_at("train", 2).tiles_THWC], torch.device("cpu")).float().numpy()
+    assert np.abs(trained - endpoints).max() < 0.03  # what bfloat16 rounds
+
+
+def test_the_tower_on_all_patches_is_the_tower(model: LoadedModel) -> None:
+    samples = [sample_at("train", 2), sample_at("train", 3)]
+    count = sum(len(sample.tiles_THWC) for sample in samples)
+    everything = np.arange(count * SIDE * SIDE).reshape(count, -1)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        some = sparse.encode(model.network, sparse.patch_pixels(samples, everything), everything)
+        pixels = normalised([sample.tiles_THWC for sample in samples], torch.device("cpu"))
+        whole = model.network.vision_tower(pixels).last_hidden_state[:, 1:]
+    assert (some - whole).abs().mean() < 0.02 * whole.abs().mean()
+
+
+def test_chosen_patches_are_those_with_a_trace_first() -> None:
+    samples = [sample_at("train", 2), sample_at("train", 3)]
+    chosen = sparse.choose(samples, np.random.default_rng(0), 40)
+    leads = np.concatenate([sample.patches.lead_TSS.ravel() for sample in samples])
+    on_trace = (leads[chosen] > 0).sum(axis=1)
+    available = (leads.reshape(-1, SIDE * SIDE) > 0).sum(axis=1)[chosen[:, 0] // (SIDE * SIDE)]
+    assert (on_trace == np.minimum(available, 40)).all()

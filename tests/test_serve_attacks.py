@@ -1,0 +1,383 @@
+"""Clients that are hostile, broken or slow: each gets a proper end within bounds, and the next one is served."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import logging
+import select
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+
+from handler import EndpointHandler
+from server import exchange, sse
+from server.body import MAX_BODY_BYTES
+from server.protocol import BoundedProtocol
+from tests.our_server import JSON, PATIENCE, OurServer, our_server, received, request, until
+
+PARAMETERS = {"max_new_tokens": 4, "do_sample": False, "enable_turkish_commentary": False}
+BODY = json.dumps({"inputs": "Rate?", "parameters": PARAMETERS}).encode()
+TYPE = "Content-Type: application/json"
+
+
+@pytest.fixture(scope="module")
+def server(handler: EndpointHandler) -> Iterator[OurServer]:
+    with our_server(handler, body_timeout=1.0) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def still_serving(server: OurServer) -> Iterator[None]:
+    """Whatever was done to it, nothing is left behind and the next caller is answered."""
+    yield
+    server.quiet()
+    assert server.post("/", BODY).status_code == 200
+    until(lambda: server.service.bodies._left == type(server.service.bodies)()._left)
+
+
+def status(reply: bytes) -> int:
+    return int(reply.split(b" ", 2)[1])
+
+
+# --- bodies
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions", "/health", "/nowhere"])
+def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(server: OurServer, path: str) -> None:
+    reply = server.exchange(
+        f"POST {path} HTTP/1.1\r\nHost: x\r\n{TYPE}\r\nContent-Length: 99999999999\r\n\r\n".encode()
+    )
+    expected = {"/health": 405, "/nowhere": 404}.get(path, 413)
+    assert status(reply) == expected
+    assert b"connection: close" in reply.lower()
+
+
+def test_who_still_sends_when_the_refusal_comes_can_read_it(server: OurServer) -> None:
+    """A server that closed at once would reset the connection, and the client would see that alone."""
+    with server.connect() as sock:
+        sock.sendall(request("/", b"", TYPE).replace(b"Content-Length: 0", b"Content-Length: 99000000"))
+        assert select.select([sock], [], [], PATIENCE)[0]  # the refusal is there, and is not read yet
+        for _ in range(5):
+            sock.sendall(b" " * 1_000_000)
+            time.sleep(0.02)
+        assert status(received(sock, quiet=1)) == 413
+
+
+def test_who_sends_too_much_all_the_same_can_read_the_refusal(server: OurServer) -> None:
+    response = server.post("/", b" " * (MAX_BODY_BYTES + 2_000_000))
+    assert response.status_code == 413
+    assert "32,000,000" in response.json()[0]["error"]
+
+
+def test_the_largest_body_is_accepted(server: OurServer) -> None:
+    data = BODY.ljust(MAX_BODY_BYTES)
+    assert server.post("/", data).status_code == 200
+    assert server.post("/", iter([data[:5], data[5:]])).status_code == 200  # chunked
+    assert server.post("/", iter([data, b" "])).status_code == 413
+
+
+def test_an_endless_body_is_cut_off(server: OurServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_LINGER_BYTES", 1_000_000)
+    chunk = b"%x\r\n" % 1_000_000 + b" " * 1_000_000 + b"\r\n"
+    with server.connect() as sock:
+        sock.sendall(f"POST / HTTP/1.1\r\nHost: x\r\n{TYPE}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000:
+                sock.sendall(chunk)
+                sent += 1
+    assert 32 <= sent < 100
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_a_dripping_body_is_timed_out(server: OurServer, path: str) -> None:
+    with server.connect() as sock:
+        sock.sendall(request(path, b"", TYPE).replace(b"Content-Length: 0", b"Content-Length: 500"))
+        started = time.monotonic()
+        sock.settimeout(0.05)
+        reply = b""
+        while not reply and time.monotonic() - started < 10:
+            sock.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                reply = sock.recv(65536)
+    assert status(reply) == 408
+    assert 1.0 <= time.monotonic() - started < 5
+
+
+def test_a_body_that_nobody_reads_is_not_read_for_ever(server: OurServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "LINGER_S", 0.2)
+    with server.connect() as sock:
+        sock.sendall(request("/health", b"", method="GET").replace(b"Content-Length: 0", b"Content-Length: 500"))
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - started < 10:
+                sock.sendall(b" ")
+                time.sleep(0.02)
+    assert time.monotonic() - started < 5
+
+
+def test_who_leaves_in_mid_body_leaves_nothing(server: OurServer) -> None:
+    for _ in range(20):
+        with server.connect() as sock:
+            sock.sendall(request("/", BODY, TYPE)[:-5])
+
+
+def test_a_body_may_come_in_single_bytes(server: OurServer) -> None:
+    with server.connect() as sock:
+        for byte in request("/", BODY, TYPE, "Connection: close"):
+            sock.sendall(bytes([byte]))
+        assert status(received(sock, quiet=PATIENCE)) == 200
+
+
+def test_compressed_bodies_are_refused(server: OurServer) -> None:
+    response = server.post("/", gzip.compress(BODY), headers={**JSON, "Content-Encoding": "gzip"})
+    assert (response.status_code, "Content-Encoding" in response.text) == (400, True)
+
+
+def test_a_client_that_waits_for_100_continue(server: OurServer) -> None:
+    with server.connect() as sock:
+        sock.sendall(
+            request("/", b"", TYPE, "Expect: 100-continue", "Connection: close").replace(b"h: 0", b"h: %d" % len(BODY))
+        )
+        assert sock.recv(1024).startswith(b"HTTP/1.1 100")
+        sock.sendall(BODY)
+        assert status(received(sock, quiet=PATIENCE)) == 200
+
+
+# --- heads and connections
+
+
+def test_a_slow_head_ends_the_connection(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedProtocol, "head_timeout_s", 0.3)
+    with our_server(handler) as server:
+        for before in (b"", b"G", b"GET /health HTTP/1.1\r\n", request("/", BODY, TYPE) + b"POST"):
+            with server.connect() as sock:
+                sock.sendall(before)
+                started = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while time.monotonic() - started < 10:
+                        sock.sendall(b"x" if before else b"")
+                        time.sleep(0.02)
+                        if not before and received(sock, quiet=5) == b"":
+                            break
+                assert time.monotonic() - started < 5
+        assert not server.server.server_state.connections
+        with server.connect() as sock:  # between two requests another limit holds
+            for _ in range(3):
+                sock.sendall(request("/health", b"", method="GET"))
+                assert b'"ok"' in received(sock, quiet=0.5)
+
+
+def test_pipelined_requests_are_answered_in_order(server: OurServer) -> None:
+    bodies = [
+        json.dumps({"inputs": text, "parameters": PARAMETERS | {"return_full_text": True}}).encode() for text in "abc"
+    ]
+    data = b"".join(request("/", body, TYPE) for body in bodies) + request(
+        "/health", b"", "Connection: close", method="GET"
+    )
+    with server.connect() as sock:
+        sock.sendall(data)
+        reply = received(sock, quiet=PATIENCE)
+    assert reply.count(b"HTTP/1.1 200 OK") == 4
+    places = [reply.index(f'"generated_text":"{text}\\n'.encode()) for text in "abc"] + [
+        reply.index(b'{"status":"ok"}')
+    ]
+    assert places == sorted(places)
+
+
+GARBAGE = [
+    b"\r\n\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # TLS
+    b"GET /health\r\n\r\n",
+    b"GET /health HTTP/1.1\r\n\r\n",  # no Host
+    b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    b"GET  /health HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1_0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: a\rX-Evil: 1\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: a\x00b\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\n: empty\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
+    b"GET /" + b"y" * 1_000_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(100_000)) + b"\r\n",
+]
+
+
+@pytest.mark.parametrize("data", GARBAGE, ids=lambda data: repr(data[:40]))
+def test_what_is_no_http_is_refused(server: OurServer, data: bytes) -> None:
+    reply = b""
+    with server.connect() as sock, contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        reply = received(sock, quiet=5)
+    assert reply == b"" or status(reply) == 400
+    assert b"evil" not in reply.lower()
+
+
+def test_a_length_that_is_stated_in_two_ways_is_refused(server: OurServer) -> None:
+    """A proxy that believes the other one would see a second request in the body."""
+    smuggled = request("/metrics", b"", method="GET")
+    head = ["POST / HTTP/1.1", "Host: x", TYPE, f"Content-Length: {5 + len(smuggled)}", "Transfer-Encoding: chunked"]
+    reply = server.exchange("\r\n".join([*head, "", "0", "", ""]).encode() + smuggled)
+    assert (status(reply), reply.count(b"HTTP/1.1")) == (400, 1)
+
+
+@pytest.mark.parametrize("value", ["a\r\n X-Evil: 1", "a, b", "\t", '"', "\xe9", "../..", "%0d%0aX-Evil:1"])
+def test_a_request_id_carries_no_header_of_its_own(server: OurServer, value: str) -> None:
+    data = f"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: {value}\r\n\r\n"
+    reply = server.exchange(data.encode("latin-1"))
+    assert b"evil" not in reply.lower()
+    assert reply.lower().count(b"x-request-id") <= 1
+
+
+def test_websockets_are_answered_as_plain_requests(server: OurServer) -> None:
+    headers = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==")
+    assert status(server.exchange(request("/predict", b"", *headers, method="GET"))) == 405
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_holds_no_thread(
+    handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "unread_timeout_s", 0.3)
+    monkeypatch.setattr(sse, "KEEP_ALIVE", b":" + b"x" * 1_000_000 + b"\n\n")
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.001)
+    data = json.dumps(
+        {"inputs": "Rate?", "stream": True, "parameters": PARAMETERS | {"max_new_tokens": 2000, "stop": []}}
+    )
+    with our_server(handler) as server, server.connect() as sock:
+        sock.sendall(request("/", data.encode(), TYPE))
+        until(lambda: server.server.server_state.connections)
+        until(lambda: not server.server.server_state.connections)
+        server.quiet()
+        assert handler.admission.running == 0
+
+
+def test_too_many_connections_are_not_kept(server: OurServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.protocol.MAX_CONNECTIONS", 3)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(server.connect()) for _ in range(10)]
+        until(lambda: sum(bool(_closed(sock)) for sock in socks) >= 7)
+
+
+def _closed(sock: socket.socket) -> bool:
+    sock.settimeout(0.01)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+# --- tokens, origins, logs
+
+
+@pytest.fixture(scope="module")
+def guarded(handler: EndpointHandler) -> Iterator[OurServer]:
+    with our_server(handler, api_token="sesame-7", cors_origins=("https://ecg.example.org",)) as running:
+        yield running
+
+
+PATHS = [
+    ("POST", "/"),
+    ("POST", "/predict"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/ready"),
+]
+PATHS += [("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "//health"), ("GET", "/Health")]
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_without_the_token_nothing_is_answered(guarded: OurServer, method: str, path: str) -> None:
+    for given in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer sesame",
+        "Bearer sesame-77",
+        "Basic sesame-7",
+        "sesame-7",
+        "Bearer \xe9",
+    ):
+        headers = {"Authorization": given.encode("latin-1")} if given is not None else {}
+        response = requests.request(method, guarded.url + path, headers=headers, data=BODY, timeout=PATIENCE)
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        answer = response.json()
+        shape = answer[0] if path in ("/", "/predict") else answer
+        assert "token" in json.dumps(shape["error"])
+    headers = {"Authorization": "bearer  sesame-7", **JSON}
+    assert requests.request(method, guarded.url + path, headers=headers, data=BODY, timeout=PATIENCE).status_code != 401
+
+
+def test_health_needs_no_token(guarded: OurServer) -> None:
+    assert guarded.get("/health").status_code == 200
+
+
+def test_the_token_is_in_no_log(guarded: OurServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "urllib3")  # the client's side
+    caplog.set_level(logging.DEBUG)
+    guarded.post("/", BODY, headers={**JSON, "Authorization": "Bearer sesame-7"})
+    guarded.post("/", BODY, headers={**JSON, "Authorization": "Bearer sesame-8"})
+    guarded.quiet()
+    assert "POST / 200" in caplog.text
+    assert "POST / 401" in caplog.text
+    assert "sesame" not in caplog.text + repr(guarded.service.settings)
+
+
+def test_other_origins_get_nothing_unless_they_are_named(server: OurServer, guarded: OurServer) -> None:
+    def preflight(server: OurServer, origin: str) -> requests.Response:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        return requests.options(server.url, headers=headers, timeout=PATIENCE)
+
+    named = preflight(guarded, "https://ecg.example.org")
+    assert (named.status_code, named.headers["access-control-allow-origin"]) == (200, "https://ecg.example.org")
+    assert "x-stainless-os" in named.headers["access-control-allow-headers"]
+    for refused in (preflight(guarded, "https://evil.example"), preflight(server, "https://ecg.example.org")):
+        assert refused.status_code in (400, 405)
+        assert "access-control-allow-origin" not in refused.headers
+    unauthorized = guarded.post("/", BODY, headers={"Origin": "https://ecg.example.org"})
+    assert unauthorized.status_code == 401
+    assert unauthorized.headers["access-control-allow-origin"] == "https://ecg.example.org"
+    assert "X-Request-Id" in unauthorized.headers["access-control-expose-headers"]
+
+
+def test_logs_hold_no_content(server: OurServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "urllib3")  # the client's side
+    caplog.set_level(logging.DEBUG)
+    answers = [
+        server.post("/?seed=4711", json.dumps({"inputs": "Patient Jane Doe?"}).encode()).text,
+        server.post("/Jane?q=Jane", b"Jane").text,
+        server.post(
+            "/v1/chat/completions?Jane",
+            json.dumps({"messages": [{"role": "user", "content": "Jane"}], "max_tokens": 5}).encode(),
+        ).text,
+        server.post("/v1/models/Jane", b"").text,
+        server.post(
+            "/",
+            b'{"Jane": "Jane"}',
+            headers={**JSON, "X-Jane": "Jane", "User-Agent": "Jane", "X-Request-Id": "Jane Doe"},
+        ).text,
+        requests.request("JANE", server.url + "/", timeout=PATIENCE).text,
+        server.exchange(b"Jane Jane Jane\r\n\r\n"),
+    ]
+    server.quiet()
+    generated = json.loads(str(answers[0]))[0]["generated_text"]
+    assert "POST / 200" in caplog.text
+    for content in ("Jane", "jane", "JANE", "4711", generated[:20]):
+        assert content not in caplog.text
+    metrics = server.get("/metrics").text
+    assert 'route="other"' in metrics
+    assert "ane" not in metrics.replace("lane", "")

@@ -1,0 +1,192 @@
+"""A caller who hangs up is worked for no longer: within one token, wherever the request stands."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from handler import EndpointHandler
+from pulse_ecg.admission import Admission
+from tests.our_server import PATIENCE, OurServer, our_server, request, until
+from tests.servers import ImageHost, silent
+from utils import Commentary
+
+LONG: dict[str, Any] = {"max_new_tokens": 2000, "stop": [], "enable_turkish_commentary": False}
+TYPE = "Content-Type: application/json"
+
+
+class Paced:
+    """The analyzer's streams, each token of which the test lets through."""
+
+    def __init__(self, handler: EndpointHandler) -> None:
+        self._stream = handler._analyzer.stream
+        self.tokens = threading.Semaphore(0)
+        self.let_through = 0
+        self.cancels: list[Any] = []
+
+    def __call__(self, prepared: Any, **options: Any) -> Any:
+        self.cancels.append(options["cancel"])
+        return _PacedStream(self, self._stream(prepared, **options))
+
+
+class _PacedStream:
+    def __init__(self, paced: Paced, inner: Any) -> None:
+        self._paced, self._inner = paced, inner
+
+    def __iter__(self) -> Iterator[Any]:
+        steps = iter(self._inner)
+        while True:
+            assert self._paced.tokens.acquire(timeout=PATIENCE)
+            if (step := next(steps, None)) is None:
+                return
+            self._paced.let_through += 1
+            yield step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@pytest.fixture(scope="module")
+def server(handler: EndpointHandler) -> Iterator[OurServer]:
+    with our_server(handler) as running:
+        yield running
+
+
+@pytest.fixture
+def paced(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
+    pace = Paced(handler)
+    monkeypatch.setattr(handler._analyzer, "stream", pace)
+    monkeypatch.setattr(handler, "_admission", Admission(1, 1))
+    yield pace
+    pace.tokens.release(10_000)
+
+
+def native(inputs: object = "Rate?", *, stream: bool = False, **parameters: object) -> bytes:
+    return request(
+        "/", json.dumps({"inputs": inputs, "stream": stream, "parameters": LONG | parameters}).encode(), TYPE
+    )
+
+
+def chat(*, stream: bool = False) -> bytes:
+    fields = {
+        "messages": [{"role": "user", "content": "Rate?"}],
+        "stream": stream,
+        "max_tokens": 2000,
+        "stop": "zzzzzz",
+    }
+    return request("/v1/chat/completions", json.dumps(fields).encode(), TYPE)
+
+
+def hang_up(sock: socket.socket) -> None:
+    sock.close()
+
+
+def half_close(sock: socket.socket) -> None:
+    """No server can tell it from hanging up: the other half may be as dead."""
+    sock.shutdown(socket.SHUT_WR)
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [hang_up, half_close, reset])
+@pytest.mark.parametrize(
+    "data",
+    [native(), native(stream=True), chat(), chat(stream=True), native(["Rate?"])],
+    ids=["whole", "stream", "chat", "chat stream", "batch"],
+)
+def test_in_mid_answer(
+    server: OurServer, handler: EndpointHandler, paced: Paced, data: bytes, leave: Callable[[socket.socket], None]
+) -> None:
+    with server.connect() as sock:
+        sock.sendall(data)
+        until(lambda: handler.admission.running == 1)
+        paced.tokens.release(3)
+        until(lambda: paced.let_through == 3)
+        leave(sock)
+        assert paced.cancels[0].wait(PATIENCE)
+        paced.tokens.release()  # the token that is being computed; the next one is not
+        until(lambda: handler.admission.running == 0)
+        assert paced.let_through <= 4
+    server.quiet()
+
+
+def test_while_queued(server: OurServer, handler: EndpointHandler, paced: Paced) -> None:
+    with server.connect() as first:
+        first.sendall(native())
+        until(lambda: handler.admission.running == 1)
+        for leave in (hang_up, reset):
+            with server.connect() as second:
+                second.sendall(native(stream=True))
+                until(lambda: handler.admission.full)
+                assert len(paced.cancels) == 1  # it waits
+                leave(second)
+                until(lambda: not handler.admission.full)
+                until(lambda: server.service.workers.busy == 1)  # nor does its thread wait any longer
+        assert handler.admission.running == 1
+    paced.tokens.release()
+    server.quiet()
+    assert len(paced.cancels) == 1  # the model was asked for the first alone
+
+
+def test_while_its_image_is_fetched(
+    server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler, "_admission", Admission(1, 0))
+    policy = replace(handler._analyzer._policy, allow_private=True, deadline_s=2)
+    monkeypatch.setattr(handler._analyzer, "_policy", policy)
+    host = ImageHost({"/": silent})
+    try:
+        with server.connect() as sock:
+            sock.sendall(native({"image": host.url()}))
+            until(lambda: host.requests)
+            assert handler.admission.full
+        until(lambda: not handler.admission.full)  # while its thread still waits for the host
+        assert server.service.workers.busy
+        answered = server.post("/", {"inputs": "Rate?", "parameters": LONG | {"max_new_tokens": 1}})
+        assert answered.status_code == 200
+        server.quiet()
+    finally:
+        host.close()
+
+
+def test_during_the_commentary(server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    class Service:
+        def comment_all(self, _texts: list[str], *, timeout_s: float, cancel: Any) -> list[Commentary]:
+            asked.set()
+            assert cancel.wait(PATIENCE)
+            return [Commentary("failed")]
+
+    monkeypatch.setattr(handler, "_commentary", Service())
+    for stream in (False, True):
+        asked.clear()
+        with server.connect() as sock:
+            sock.sendall(native(stream=stream, enable_turkish_commentary=True, max_new_tokens=1))
+            assert asked.wait(PATIENCE)
+            assert handler.admission.running == 0
+        server.quiet()
+
+
+def test_what_is_cancelled_is_counted_as_that(server: OurServer, handler: EndpointHandler, paced: Paced) -> None:
+    def cancelled() -> int:
+        requests = handler.monitor.snapshot()["requests"]
+        return sum(entry["count"] for entry in requests if entry["outcome"] == "cancelled")
+
+    before = cancelled()
+    with server.connect() as sock:
+        sock.sendall(native(stream=True))
+        until(lambda: handler.admission.running == 1)
+    assert paced.cancels[0].wait(PATIENCE)
+    paced.tokens.release()
+    server.quiet()
+    assert cancelled() == before + 1

@@ -1,0 +1,175 @@
+"""The handler and the server on vLLM: the same records and errors, refused arguments, and what its death means."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from handler import EndpointHandler
+from pulse_ecg.checkpoint import load_model
+from pulse_ecg.config import Settings
+from pulse_ecg.engines import start_engine
+from pulse_ecg.errors import ConfigurationError, EngineStoppedError
+from tests.engines import VLLM_ARGS, settings_for
+from tests.our_server import our_server, server_process, until
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+ARGS = json.dumps(VLLM_ARGS)
+GREEDY = {"do_sample": False, "max_new_tokens": 16, "stop": [], "details": True, "enable_turkish_commentary": False}
+
+
+@pytest.fixture(scope="module")
+def on_vllm(demo_checkpoint: Path) -> Iterator[EndpointHandler]:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("PULSE_DEVICE", "cpu")
+        patch.setenv("PULSE_ENGINE", "vllm")
+        patch.setenv("PULSE_VLLM_ARGS", ARGS)
+        handler = EndpointHandler(str(demo_checkpoint))
+        yield handler
+        handler.close()
+
+
+def engine_of(handler: EndpointHandler) -> Any:
+    return handler._analyzer._generator.engine
+
+
+BODIES: list[Any] = [
+    {"inputs": "Rate?", "parameters": GREEDY},
+    {"inputs": ["Rate?", "Axis?", {"query": "", "image": "nonsense"}, "Rhythm?"], "parameters": GREEDY},
+    {"inputs": "Rate?", "parameters": GREEDY | {"stop": ["a"], "repetition_penalty": 1.2}},
+    {"inputs": "Rate?", "parameters": GREEDY | {"return_full_text": True}},
+    {"inputs": "Rate?", "parameters": GREEDY | {"max_new_tokens": 0}},
+    {"inputs": "Rate?", "parameters": GREEDY | {"tensor_parallel": 2}},
+    {"inputs": "word " * 5000, "parameters": GREEDY},
+    {"inputs": {"image": "data:image/png;base64,AAAA"}, "parameters": GREEDY},
+    {"inputs": 7},
+    {},
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_records_and_errors_are_those_of_the_other_engine(
+    handler: EndpointHandler, on_vllm: EndpointHandler, body: Any
+) -> None:
+    ours, theirs = on_vllm.respond(body), handler.respond(body)
+    assert [outcome.status for outcome in ours] == [outcome.status for outcome in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        details, others = mine.record.pop("details", None), other.record.pop("details", None)
+        assert mine.record == other.record
+        if details:
+            assert details.pop("engine") == "vllm" and others.pop("engine") == "transformers"
+            assert details.pop("timings").keys() == others.pop("timings").keys()
+            assert details == others
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tensor_paralel_size": 2}, "Did you mean 'tensor_parallel_size'"),
+        ({"model": "another/model"}, "'model' is set by PULSE_MODEL_ID"),
+        ({"dtype": "float16"}, "PULSE_DTYPE"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"enable_prompt_embeds": False}, "this engine"),
+        ({"max_model_len": 9999}, "the checkpoint"),
+        ({"max_num_seqs": "many"}, "PULSE_VLLM_ARGS"),
+        ({"quantization": "nonsense"}, "PULSE_VLLM_ARGS"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_stops_the_start(
+    demo_checkpoint: Path, given: dict[str, Any], message: str
+) -> None:
+    settings = Settings(device="cpu", engine="vllm", vllm_args=given)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        start_engine(load_model(demo_checkpoint, settings), settings)
+    assert "PULSE_VLLM_ARGS" in str(caught.value) and str(demo_checkpoint) not in str(caught.value)
+
+
+def test_arguments_reach_vllm(demo_checkpoint: Path, on_vllm: EndpointHandler) -> None:
+    from pulse_ecg.vllm_engine.arguments import engine_args
+
+    model = engine_of(on_vllm)._model
+    given = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    args = engine_args(model, given, max_answers=5)
+    assert {name: getattr(args, name) for name in given} == given
+    assert args.max_num_seqs == 5
+    assert engine_args(model, {"max_num_seqs": 7}, max_answers=5).max_num_seqs == 7
+    assert (args.max_model_len, args.dtype) == (4096, "float32")
+
+
+# --- the end
+
+
+def test_when_vllm_dies_answers_fail_health_does_and_new_requests_are_refused(demo_checkpoint: Path) -> None:
+    """Last in this file: what it starts, it kills."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PULSE_DEVICE", "cpu")
+        patch.setenv("PULSE_ENGINE", "vllm")
+        patch.setenv("PULSE_VLLM_ARGS", ARGS)
+        handler = EndpointHandler(str(demo_checkpoint))
+    with our_server(handler) as server, ThreadPoolExecutor(1) as thread:
+        assert server.get("/health").json() == {"status": "ok"}
+        endless = {"inputs": "Rate?", "parameters": GREEDY | {"max_new_tokens": 2048}}
+        answering = thread.submit(server.post, "/", endless)
+        until(lambda: handler.admission.running)
+        for process in psutil.Process().children(recursive=True):
+            if "Engine" in process.name():
+                os.kill(process.pid, signal.SIGKILL)
+        assert answering.result(60).status_code == 503
+        until(lambda: not handler.alive)
+        health = server.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopped"})
+        refused = server.post("/", endless)
+        assert refused.status_code == 503
+        assert "restarted" in refused.json()[0]["error"]
+    engine_of(handler).close()
+    with pytest.raises(EngineStoppedError):
+        engine_of(handler).submit(None)
+
+
+def test_a_closed_engine_refuses_answers_and_ends_its_processes(demo_checkpoint: Path) -> None:
+    settings = settings_for("vllm")
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    engine: Any = start_engine(load_model(demo_checkpoint, settings), settings)
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and "VLLM" in p.name()]
+    assert started and engine.alive
+    engine.close()
+    engine.close()
+    assert not engine.alive
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left
+    with pytest.raises(EngineStoppedError):
+        engine.submit(None)
+
+
+def test_a_server_that_must_exit_abruptly_leaves_no_process_behind(demo_checkpoint: Path, tmp_path: Path) -> None:
+    """A request that cannot be answered in time keeps a thread busy: the server exits without waiting for it."""
+    arguments = ["--model", str(demo_checkpoint), "--drain-timeout", "1"]
+    variables = {"PULSE_ENGINE": "vllm", "PULSE_VLLM_ARGS": ARGS, "PULSE_ALLOW_PRIVATE_IMAGE_URLS": "1"}
+    with server_process(tmp_path, *arguments, **variables) as server:
+        server.wait_for_health()
+        started = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "VLLM" in p.name()]
+        with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as thread:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/ecg.png"
+            asking = thread.submit(server.post, "/", {"inputs": {"query": "Rate?", "image": url}})
+            connection, _ = silent.accept()
+            assert server.terminate() == 0
+            connection.close()
+            asking.exception(60)  # whatever it was told: nobody waited for it
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert started and not left

@@ -53,9 +53,9 @@ def encode(network: PulseModel, pixels_TKX: NDArray[np.uint8], chosen_TK: NDArra
     embeddings = body.get_submodule("embeddings")
     weight = embeddings.get_parameter("patch_embedding.weight")
     positions = embeddings.get_parameter("position_embedding.weight")
-    pixels = torch.from_numpy(pixels_TKX).to(weight.device).to(torch.bfloat16).reshape(*pixels_TKX.shape[:2], 3, -1)
-    scale, shift = (constant.to(weight.device, torch.bfloat16).view(3, 1) for constant in CONSTANTS)
-    embedded = pixels.mul_(scale).sub_(shift).flatten(2) @ weight.flatten(1).T.to(torch.bfloat16)
+    pixels = torch.from_numpy(pixels_TKX).to(weight.device).float().reshape(*pixels_TKX.shape[:2], 3, -1)
+    scale, shift = (constant.to(weight.device).view(3, 1) for constant in CONSTANTS)
+    embedded = pixels.mul_(scale).sub_(shift).flatten(2) @ weight.flatten(1).T
     embedded = embedded + positions[1 + torch.from_numpy(chosen_TK % _PATCHES).to(weight.device)]
     start = (embeddings.get_parameter("class_embedding") + positions[0]).expand(len(embedded), 1, -1)
     hidden = body.get_submodule("pre_layrnorm")(torch.cat([start, embedded], 1))

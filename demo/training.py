@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import sparse
 from demo.auxiliary import AuxiliaryHeads, Targets, scores, targets
-from demo.network import SHAPE, fresh_model, normalised
+from demo.muon import Muon
+from demo.network import SHAPE, computing, fresh_model, normalised
 from demo.packing import Pack, answer_losses, pack
 from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask
 from demo.samples import Sample, sample_at
@@ -82,8 +83,7 @@ class Trainer:
         self.plan, self._folder = plan, folder
         self.model = fresh_model(device, plan.seed)
         self.network = self.model.network
-        for part in (self.network.vision_tower, self.network.language_model):
-            part.config._attn_implementation = "eager"  # on CPU faster than the fused one at these sizes
+        self.network.vision_tower.config._attn_implementation = "eager"  # on CPUs faster than the fused one at its size
         self.heads = AuxiliaryHeads(SHAPE.vision_hidden).to(self.model.device)
         self.first = self.step = 0
         self.seconds = 0.0
@@ -185,14 +185,14 @@ class Trainer:
     def features(self, batch: Sequence[Sample]) -> Tensor:
         """Patch features of all tiles of all images, before the projector: ``(patches, V)``."""
         pixels = normalised([sample.tiles_THWC for sample in batch], self.model.device)
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+        with computing(self.model.device):
             hidden: Tensor = self.network.vision_tower(pixels).last_hidden_state
         return hidden[:, 1:].flatten(0, 1)
 
     def _some_features(self, samples: Sequence[Sample], truth: Targets) -> tuple[Tensor, Targets]:
         """Features and targets of ``keep`` patches of each tile."""
         chosen = sparse.choose(samples, self._questions, self.plan.keep)
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+        with computing(self.model.device):
             features = sparse.encode(self.network, sparse.patch_pixels(samples, chosen), chosen)
         return features.flatten(0, 1), truth.of(torch.from_numpy(chosen).flatten().to(self.model.device))
 
@@ -245,7 +245,7 @@ class Trainer:
                 chosen = torch.from_numpy(sparse.choose([sample], self._questions, self.plan.keep).ravel())
                 places[index] = chosen = chosen.to(features.device)
                 parts[index] = parts[index][chosen]
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+        with computing(self.model.device):
             embedded = torch.split(self.network.mm_projector(torch.cat(parts)), [len(part) for part in parts])
             return answer_losses(self.network, embedded, packs, places)
 
@@ -312,6 +312,6 @@ def _optimisers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.o
     inner = [n for n, p in parameters.items() if p.ndim == 2 and ("layers." in n or "mm_projector" in n)]
     rest = [n for n in parameters if n not in set(inner)]
     return [
-        torch.optim.Muon(groups(inner, _MUON), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(groups(inner, _MUON), weight_decay=0.01),
         torch.optim.AdamW(groups(rest), betas=(0.9, 0.98), weight_decay=0.01),
     ]

@@ -12,6 +12,7 @@ import torch
 
 from demo import sparse
 from demo.decoding import answers
+from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
 from demo.packing import answer_losses, pack
 from demo.questions import KINDS, ask
@@ -138,3 +139,26 @@ def test_chosen_patches_are_those_with_a_trace_first() -> None:
     on_trace = (leads[chosen] > 0).sum(axis=1)
     available = (leads.reshape(-1, SIDE * SIDE) > 0).sum(axis=1)[chosen[:, 0] // (SIDE * SIDE)]
     assert (on_trace == np.minimum(available, 40)).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_the_optimisers_update_has_one_size_in_all_directions(shape: tuple[int, int]) -> None:
+    """Whatever the gradient: its singular values become nearly equal, and its singular vectors stay."""
+    generator = torch.Generator().manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    gradient = u @ torch.diag(torch.logspace(0, -1.2, min(shape))) @ vh
+    in_its_basis = u.T @ orthogonalised(gradient) @ vh.T
+    assert ((torch.diagonal(in_its_basis) - 1).abs() < 0.35).all()
+    assert (in_its_basis - torch.diag(torch.diagonal(in_its_basis))).abs().max() < 1e-4
+
+
+def test_the_optimiser_finds_a_minimum() -> None:
+    goal = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    matrix = torch.nn.Parameter(torch.zeros(12, 6))
+    optimiser = Muon([matrix], lr=0.1)
+    for step in range(200):
+        optimiser.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+        optimiser.zero_grad()
+        (matrix - goal).square().sum().backward()
+        optimiser.step()
+    assert (matrix - goal).abs().max() < 0.05

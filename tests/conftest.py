@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# The time that one example takes says more about a shared machine than about the code.
-hypothesis.settings.register_profile(
-    "project", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
-)
+# The same examples on every machine; `pytest --hypothesis-profile=explore` looks for new ones.  The time that one takes
+# says more about a shared machine than about the code.
+for profile, derandomised in (("project", True), ("explore", False)):
+    hypothesis.settings.register_profile(
+        profile,
+        deadline=None,
+        derandomize=derandomised,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        print_blob=True,
+    )
 hypothesis.settings.load_profile("project")
 
 

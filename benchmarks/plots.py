@@ -1,4 +1,4 @@
-"""The figures of ``bench_engine`` as pictures.  Needs matplotlib, which no other part of the project does.
+"""The figures of ``bench_engine`` as pictures.
 
     python -m benchmarks.plots RESULT.json DIR
 

@@ -1,4 +1,4 @@
-"""Plots of the training and of the evaluation.  Needs matplotlib, which nothing else here does."""
+"""Plots of the training and of the evaluation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from demo.signals import RHYTHMS
 
@@ -88,7 +89,7 @@ def plot_progress(progress: Path, file: Path) -> None:
     _save(figure, file)
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
+def _save(figure: Figure, file: Path) -> None:
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

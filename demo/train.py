@@ -1,8 +1,8 @@
 """Train the demo model from nothing, in one command: ``python -m demo.train build/demo-training``.
 
 Three stages: the tower learns to see, the language model to answer from what it sees, then both together.  A run that
-was interrupted goes on where it stopped; ``--stage`` runs one stage alone.  Each stage writes its progress as lines of
-JSON, and the checkpoint as it stands.
+was interrupted goes on where it stopped; ``--stage`` runs one stage alone.  The folder gets the state, the progress as
+lines of JSON and as a plot, and, after each stage that answers, the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from demo.network import write_checkpoint
+from demo.plots import plot_progress
 from demo.samples import sample_at
-from demo.training import Plan, Trainer
+from demo.training import PROGRESS, Plan, Stage, Trainer, stage_begun
 
 logger = logging.getLogger("demo.train")
 
-PLANS = {
+PLANS: dict[Stage, Plan] = {
     "see": Plan("see", steps=7000, fresh=3, keep=72, tower_lr=1e-3),
     "read": Plan("read", steps=1500, batch=4, fresh=1, keep=72, lr=1.5e-3),
     "both": Plan("both", steps=2000, batch=4, fresh=2, lr=7e-4, tower_lr=3e-4),
@@ -47,9 +48,16 @@ def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int)
         if trainer.step % 400 == 0 or trainer.progress >= 1:
             held = trainer.validate(samples)
             trainer.log({"held_out": held})
+            plot_progress(folder / PROGRESS, folder / "progress.png")
             logger.info("held out: %s", json.dumps(held))
     if plan.stage != "see":
         write_checkpoint(trainer.network, folder / "checkpoint")
+
+
+def stages_left(folder: Path) -> list[Stage]:
+    """The stages that an earlier run in this folder did not leave behind, the one it was in first."""
+    stages, begun = list(PLANS), stage_begun(folder)
+    return stages[stages.index(begun) :] if begun else stages
 
 
 def _short(sums: dict[str, float]) -> str:
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = ("steps", "batch", "fresh", "lr", "tower_lr", "decay", "keep", "minutes")
     changes = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    for name in [args.stage] if args.stage else list(PLANS):
+    for name in [args.stage] if args.stage else stages_left(args.folder):
         train(
             args.folder,
             replace(PLANS[name], **changes),

@@ -28,6 +28,7 @@ from pulse_ecg.prompt import LLAVA_V1_SYSTEM
 Stage = Literal["see", "read", "both"]
 """The tower under auxiliary losses; the language model on the fixed tower; all of it together."""
 
+PROGRESS, _STATE = "progress.jsonl", "state.pt"
 _FEW, _KEPT = 200, 1500  # images that are seen again: not before there are so many, not more than so many
 _PLAIN = 3000  # of the first samples three in four have no flaws
 _FOREIGN_SYSTEMS = (
@@ -61,6 +62,13 @@ class Plan:
 
 
 _MUON = 3.0  # Muon's updates may be this much larger than AdamW's
+
+
+def stage_begun(folder: Path) -> Stage | None:
+    """The stage that the folder's state belongs to; None without one."""
+    file = folder / _STATE
+    stage: Stage | None = torch.load(file, weights_only=True, mmap=True)["stage"] if file.exists() else None
+    return stage
 
 
 class SampleStream(IterableDataset[Sample]):
@@ -105,10 +113,10 @@ class Trainer:
         self._questions = np.random.default_rng([plan.seed, 9, self.first])
 
     def _restored(self) -> dict[str, Any]:
-        file = self._folder / "state.pt"
+        file = self._folder / _STATE
         if not file.exists():
             return {}
-        state: dict[str, Any] = torch.load(file, weights_only=False, map_location=self.model.device)
+        state: dict[str, Any] = torch.load(file, weights_only=True, map_location=self.model.device)
         self.network.load_state_dict(state["network"])
         self.heads.load_state_dict(state["heads"])
         self.first = state["first"]
@@ -127,7 +135,7 @@ class Trainer:
         }
         self._folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, self._folder / "state.tmp")
-        (self._folder / "state.tmp").replace(self._folder / "state.pt")
+        (self._folder / "state.tmp").replace(self._folder / _STATE)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         stage = self.plan.stage
@@ -279,8 +287,8 @@ class Trainer:
         return {f"exact {kind}": value for kind, value in right.items()}
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a line to ``progress.jsonl``."""
-        with (self._folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+        """Append a line to the folder's ``PROGRESS`` file."""
+        with (self._folder / PROGRESS).open("a", encoding="utf-8") as file:
             head = {"stage": self.plan.stage, "step": self.step, "images": self.first, "seconds": round(self.seconds)}
             file.write(json.dumps(head | record) + "\n")
 

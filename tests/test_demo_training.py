@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from demo import sparse
 from demo.decoding import answers
@@ -18,8 +20,8 @@ from demo.packing import answer_losses, pack
 from demo.questions import KINDS, ask
 from demo.samples import SIDE, image_at, sample_at
 from demo.signals import draw_ecg
-from demo.train import PLANS
-from demo.training import Trainer
+from demo.train import PLANS, main, stages_left
+from demo.training import PROGRESS, Trainer
 from pulse_ecg.anyres import merge_order, tile_image
 from pulse_ecg.checkpoint import LoadedModel
 from pulse_ecg.engine.scheduler import TransformersEngine
@@ -74,6 +76,22 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert torch.equal(weight, second.network.state_dict()[name]), name
     second.train_step()
     assert second.step == 2
+
+
+def test_a_resumed_run_does_not_go_back_to_an_earlier_stage(tmp_path: Path) -> None:
+    assert stages_left(tmp_path) == ["see", "read", "both"]
+    Trainer(tmp_path, replace(PLANS["read"], batch=2, fresh=1), device="cpu", workers=0).save()
+    assert stages_left(tmp_path) == ["read", "both"]
+
+
+def test_one_command_runs_all_stages_and_leaves_a_checkpoint_and_a_plot(tmp_path: Path) -> None:
+    given = {"device": "cpu", "steps": 1, "batch": 2, "fresh": 1, "held-out": 2, "workers": 0}
+    main([str(tmp_path), *[f"--{name}={value}" for name, value in given.items()]])
+    assert trained_model(tmp_path / "checkpoint").config.name == MODEL_NAME
+    stages = [json.loads(line)["stage"] for line in (tmp_path / PROGRESS).read_text().splitlines()]
+    assert stages == ["see", "read", "both"]
+    with Image.open(tmp_path / "progress.png") as plot:
+        assert plot.width > 300
 
 
 @pytest.mark.parametrize("stage", ["see", "read", "both"])

@@ -46,6 +46,17 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
+def lost(device: torch.device) -> bool:
+    """Whether the device answers nothing any more: a CUDA context that has failed once fails for ever."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 class Download:
     """A copy to the host that is under way; :meth:`wait` gives it."""
 

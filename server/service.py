@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import threading
 import time
@@ -125,6 +126,9 @@ class Service:
         """End the engine; nothing is answered after that."""
         if self._handler is not None:
             self._handler.close()
+            return
+        for process in multiprocessing.active_children():  # of an engine half started
+            process.kill()
 
     # --- what it shows
 

@@ -18,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pulse_ecg.engine import scheduler
 from pulse_ecg.engine.scheduler import TransformersEngine
-from pulse_ecg.errors import OutOfMemoryError
+from pulse_ecg.errors import EngineStoppedError, OutOfMemoryError
 from pulse_ecg.generation import TextGenerator
 from tests.conftest import ROOT
 from tests.engine_turns import (
@@ -98,7 +99,6 @@ OWN_STAGES = [
     ("prefill", 1),
     ("prefill", 2),
     ("prefill", 3),
-    ("keep", 1),
     ("choose", 1),
     ("feed", 1),
 ]
@@ -124,6 +124,40 @@ def test_what_goes_wrong_with_one_prompt_ends_that_answer_alone(
         assert "no memory left" in str(failed.error) and "secret" not in str(failed.error)
     assert failed.token_ids == []
     assert answered(engine, [asks(FLAT)["image"]]) == [alone(FLAT, "image")]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_memory_to_remember_an_image_costs_no_answer(ahead: bool) -> None:
+    engine = SteppedEngine(engine_model(FLAT), slots=3, ahead=ahead)
+    engine.hook = Fault("keep", gpu_memory, 1, slot=1)
+    names = ("short", "image", "small image")
+    assert answered(engine, [asks(FLAT)[name] for name in names]) == [alone(FLAT, name) for name in names]
+
+
+def test_a_bug_in_remembering_an_image_ends_that_answer_alone() -> None:
+    engine = SteppedEngine(engine_model(FLAT), slots=3)
+    engine.hook = Fault("keep", bug, 1, slot=1)
+    first, failed, last = answered(engine, [asks(FLAT)[name] for name in ("short", "image", "small image")])
+    assert (first, last) == (alone(FLAT, "short"), alone(FLAT, "small image"))
+    assert isinstance(failed.error, ValueError)
+
+
+@pytest.mark.parametrize("stage", ["decode", "prefill"])
+def test_an_engine_whose_device_is_lost_says_so_and_refuses(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call fails from then on: those who wait are told at once, and a health check can have it replaced."""
+
+    def broken() -> Exception:
+        return RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(scheduler, "lost", lambda device: True)
+    engine = SteppedEngine(engine_model(FLAT), slots=2)
+    engine.hook = Fault(stage, broken, *range(1, 50))
+    assert engine.alive
+    found = answered(engine, [asks(FLAT)[name] for name in ("short", "sampled", "long")])
+    assert all(isinstance(f.error, RuntimeError | EngineStoppedError) and not f.token_ids[1:] for f in found)
+    assert not engine.alive
+    with pytest.raises(EngineStoppedError, match="started anew"):
+        answered(engine, [asks(FLAT)["short"]])
 
 
 @pytest.mark.parametrize("error", [gpu_memory, cpu_memory, driver_memory])

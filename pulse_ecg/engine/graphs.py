@@ -78,9 +78,9 @@ def cuda_graphs(step: DecodeStep, slots: KeyValueSlots) -> DecodeGraphs | None:
 
 def _cuda_recorder() -> Recorder:
     pool = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one for all: each keeps a workspace of its own
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):

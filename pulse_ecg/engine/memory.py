@@ -42,7 +42,9 @@ def plan(free_bytes: int, slot_bytes: int, wanted: int) -> MemoryPlan:
 def free_bytes(device: torch.device) -> int:
     """Memory that the device has left; of a CPU's, what the machine and the container allow."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for its next tensors is free too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     available = int(psutil.virtual_memory().available)
     try:
         limit = (_CGROUP / "memory.max").read_text("ascii").strip()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pulse_ecg.device import upload
 from pulse_ecg.params import GenerationParams
 
 _TIES = 32  # tokens that may tie with the last of the top k
@@ -41,6 +42,7 @@ class BatchSampler:
     def __init__(self, slots: int, *, vocabulary: int, bos_id: int, device: torch.device) -> None:
         """``vocabulary`` is the number of logits."""
         self._seen_SV = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+        self._true = torch.ones((), dtype=torch.bool, device=device)  # Python's own would be copied, and waited for
         self._params: list[GenerationParams | None] = [None] * slots
         self._generators = [torch.Generator(device) for _ in range(slots)]
         self._vocabulary = vocabulary
@@ -53,7 +55,7 @@ class BatchSampler:
         self._params[slot] = params
         self._generators[slot].manual_seed(seed or 0)
         self._seen_SV[slot] = False
-        self._seen_SV[slot, self._bos_id] = True
+        self._seen_SV[slot, self._bos_id].fill_(True)
         self._rows_of = None
 
     def choose(self, logits_BV: Tensor, slots: Sequence[int]) -> Tensor:
@@ -67,7 +69,7 @@ class BatchSampler:
         if rows.greedy_B is not None:
             tokens = torch.where(rows.greedy_B, tokens, self._draw(scores, rows, slots))
         if rows.penalty is not None:
-            self._seen_SV[rows.slots_B, tokens] = True
+            self._seen_SV.index_put_((rows.slots_B, tokens), self._true)
         return tokens
 
     def _draw(self, scores_BV: Tensor, rows: _Rows, slots: Sequence[int]) -> Tensor:
@@ -92,7 +94,7 @@ class BatchSampler:
 
     def _stacked(self, slots: tuple[int, ...], given: Sequence[GenerationParams]) -> _Rows:
         def column(values: list[float] | list[int] | list[bool]) -> Tensor:
-            return torch.tensor(values, device=self._device)[:, None]
+            return upload(torch.tensor(values), self._device)[:, None]
 
         drawn = [params for params in given if not params.greedy]
         top_ks = [params.top_k if 0 < params.top_k < self._vocabulary else self._vocabulary for params in drawn]
@@ -101,7 +103,7 @@ class BatchSampler:
             width = min(max(top_ks) + _TIES, self._vocabulary)
         penalties = [params.repetition_penalty for params in given]
         return _Rows(
-            slots_B=torch.tensor(slots, device=self._device),
+            slots_B=upload(torch.tensor(slots), self._device),
             penalty=column(penalties) if any(penalty != 1 for penalty in penalties) else None,
             greedy_B=column([p.greedy for p in given])[:, 0] if drawn else None,
             temperature=column([1.0 if p.greedy else p.temperature for p in given]),

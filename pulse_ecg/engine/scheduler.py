@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pulse_ecg.checkpoint import LoadedModel
-from pulse_ecg.device import NO_MEMORY_LEFT, Download, Span, current, out_of_memory
+from pulse_ecg.device import NO_MEMORY_LEFT, Download, Span, current, lost, out_of_memory
 from pulse_ecg.engine.memory import free_bytes, plan
 from pulse_ecg.engine.packed_linear import pack_linear_layers
 from pulse_ecg.engine.prefixes import PrefixCache, after_image, prefix_length
@@ -29,11 +29,12 @@ from pulse_ecg.engine.runner import CHUNK, ModelRunner
 from pulse_ecg.engine.sampling import BatchSampler
 from pulse_ecg.engine.slots import KeyValueSlots, slot_bytes
 from pulse_ecg.engine.vision import ImageEncoder, first_pass
-from pulse_ecg.errors import OutOfMemoryError
-from pulse_ecg.generation import Answer, ImagePrompt, Timings
+from pulse_ecg.errors import EngineStoppedError, OutOfMemoryError
+from pulse_ecg.generation import Answer, EncodedPrompt, ImagePrompt, Timings
 
 logger = logging.getLogger(__name__)
 
+_LOST = "The device has failed and answers nothing more; the server has to be started anew."
 _IDLE_SECONDS = 5.0  # the thread ends after so long without work; the next answer starts another
 
 
@@ -104,11 +105,18 @@ class TransformersEngine:
         self._changed = Condition()
         self._thread: Thread | None = None
         self._stopping = False
+        self._lost = False
         with current(model.device), torch.inference_mode():
             self._runner.capture()
 
     def submit(self, answer: Answer) -> None:
-        """Queue an answer; it gets the next free slot."""
+        """Queue an answer; it gets the next free slot.
+
+        Raises:
+            EngineStoppedError: the device is lost.
+        """
+        if self._lost:
+            raise EngineStoppedError(_LOST)
         with self._changed:
             if self._thread is None:
                 thread = Thread(target=self._work, name="pulse-engine", daemon=True)
@@ -124,8 +132,8 @@ class TransformersEngine:
 
     @property
     def alive(self) -> bool:
-        """Always: a failed turn ends the answers at work, and the next answer finds the engine ready."""
-        return True
+        """True unless the device is lost: a failed turn ends the answers at work, and the next one finds all ready."""
+        return not self._lost
 
     def close(self) -> None:
         """Nothing: it has no process of its own."""
@@ -259,11 +267,20 @@ class TransformersEngine:
         last = self.slots.filled[slot] == prompt.length
         logits_1V = self._runner.prefill(chunk_1ND, slot, start, last=last)
         if self.slots.filled[slot] == prefix_length(prompt):
-            self._prefixes.keep(prompt, slot)
+            self._remember(prompt, slot)
         if logits_1V is None:
             return []
         sequence.prefilled, sequence.prompt_1LD, sequence.image_embeddings = True, None, None
         return [self._choose(logits_1V, [sequence])]
+
+    def _remember(self, prompt: EncodedPrompt, slot: int) -> None:
+        """Keep the prefix for a later question; where there is no memory for it, this answer needs none."""
+        try:
+            self._prefixes.keep(prompt, slot)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._free_cached_memory()
 
     # --- decode
 
@@ -309,6 +326,8 @@ class TransformersEngine:
         if out_of_memory(error):
             self._free_cached_memory()
             error = OutOfMemoryError(NO_MEMORY_LEFT)
+        else:
+            self._lost = self._lost or lost(self._model.device)
         self._release(sequence)
         sequence.answer.fail(error)
 
@@ -321,9 +340,14 @@ class TransformersEngine:
             self._fail(sequence, error)
 
     def _fail_all(self, error: Exception) -> None:
+        """End the answers at work, and those that wait too once the device is lost."""
         self._on_the_way = []
         for sequence in list(self._running):
             self._fail(sequence, error)
+        with self._changed:
+            abandoned, self._waiting = (self._waiting, deque()) if self._lost else (deque(), self._waiting)
+        for answer, _ in abandoned:
+            answer.fail(EngineStoppedError(_LOST))
 
     def _free_cached_memory(self) -> None:
         self._prefixes.clear()

@@ -22,6 +22,8 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pulse_ecg.device import upload
+
 ATTENTION = "pulse_slots"
 """The name of this attention in ``config._attn_implementation``."""
 
@@ -57,7 +59,7 @@ class KeyValueSlots:
         self.positions = rounded(positions)
         shape = (count, key_heads(config), self.positions, head_width(config))
         self.keys_SHLD = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self._index = lru_cache(maxsize=256)(lambda chosen: torch.tensor(chosen, device=device))
+        self._index = lru_cache(maxsize=256)(lambda chosen: upload(torch.tensor(chosen), device))
         self.values_SHLD = [torch.zeros_like(keys) for keys in self.keys_SHLD]
 
     def index(self, chosen: Sequence[int]) -> Tensor:

@@ -86,6 +86,8 @@ def _defaults(model: LoadedModel, max_answers: int) -> dict[str, Any]:
     defaults = {"max_num_seqs": max_answers}
     if model.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(model.device)
+        if free <= _TOWER_BYTES:
+            raise ConfigurationError(f"PULSE_DEVICE: '{model.device}' has no memory left for vLLM.")
         # The tower is there already: of what it left, its working memory is kept back.
         return defaults | {"gpu_memory_utilization": min(_GPU_SHARE, round((free - _TOWER_BYTES) / total, 3))}
     slot = slot_bytes(model.config.llama, model.config.context_length, model.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import signal
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,7 @@ class VllmEngine:
         self._requests: set[_Request] = set()
         self._numbers = count(1)
         self._looking: asyncio.Task[None] | None = None
+        self._stopped = False
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="pulse-vllm", daemon=True)
         self._thread.start()
@@ -131,6 +133,9 @@ class VllmEngine:
     # --- in the loop's thread
 
     def _begin(self, request: _Request) -> None:
+        if self._stopped:
+            request.fail(EngineStoppedError(_STOPPED))
+            return
         self._requests.add(request)
         request.task = self._loop.create_task(self._answer(request))
         if self._looking is None:
@@ -154,11 +159,15 @@ class VllmEngine:
     async def _generate(self, request: _Request, embeddings_LD: Tensor) -> None:
         prompt = prompt_input(embeddings_LD, self._model.tokenizer.bos_id)
         outputs = self._llm.generate(prompt, sampling_params(request.answer), f"pulse-{next(self._numbers)}")
+        aborted = False
         async with aclosing(outputs):
             async for output in outputs:
                 goes_on = request.push(output.outputs[0].token_ids) and not request.over()
                 if not (goes_on or output.finished):
                     return  # vLLM drops a request whose outputs nobody wants
+                aborted = output.outputs[0].finish_reason == "abort"
+        if not request.ended and aborted:  # by vLLM itself, whose process was told to end
+            raise EngineStoppedError(_STOPPED)
         if not request.ended:
             raise RuntimeError("vLLM ended an answer that was not complete.")
 
@@ -172,6 +181,7 @@ class VllmEngine:
         self._looking = None
 
     async def _stop(self) -> None:
+        self._stopped = True
         for request in list(self._requests):
             request.fail(EngineStoppedError(_STOPPED))
         tasks = [request.task for request in self._requests if request.task is not None]
@@ -219,6 +229,8 @@ class VllmEngine:
 
 async def _launched(config: Any) -> AsyncLLM:
     """vLLM's engine; made in the loop that is to ask it."""
+    # Its processes inherit this: a terminal's Ctrl-C goes to all of them, and is this one's alone to act on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:  # whatever a process of vLLM's fails with

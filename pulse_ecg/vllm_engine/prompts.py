@@ -10,6 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from pulse_ecg.generation import Answer
 
+_MOST_TOP_K = 2**31 - 1  # as good as off; vLLM's processes cannot tell each other what has more than 64 bits
 _WHOLE_INTERVAL = 8  # tokens of an answer that nobody watches come so many at a time, after the first
 
 
@@ -34,7 +35,7 @@ def sampling_params(answer: Answer) -> SamplingParams:
         stop_token_ids=sorted(answer.eos_ids),
         temperature=0.0 if params.greedy else params.temperature,
         top_p=params.top_p,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _MOST_TOP_K),
         repetition_penalty=params.repetition_penalty,
         seed=answer.seed,
         detokenize=False,

@@ -31,8 +31,6 @@ class DeployError(Exception):
 def settings_of(raw: dict[str, Any]) -> Settings:
     """An existing endpoint's settings, from what the service says of it."""
     compute, model = raw["compute"], raw["model"]
-    custom = (model.get("image") or {}).get("custom")
-    shown = {key: custom.get(key) for key in ("url", "port", "healthRoute")} if custom else None
     return {
         "accelerator": compute["accelerator"],
         "instance_type": compute["instanceType"],
@@ -44,9 +42,16 @@ def settings_of(raw: dict[str, Any]) -> Settings:
         "revision": model.get("revision"),
         "framework": model.get("framework"),
         "task": model.get("task"),
-        "image": {"custom": shown} if shown else {"huggingface": {}},
+        "image": _image_of(model.get("image") or {"huggingface": {}}),
         "env": model.get("env") or {},
     }
+
+
+def _image_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """A container, without what the service adds; one of a third kind as it is."""
+    if custom := raw.get("custom"):
+        return {"custom": {key: custom.get(key) for key in ("url", "port", "healthRoute")}}
+    return {"huggingface": {}} if "huggingface" in raw else raw
 
 
 def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> Settings:
@@ -70,6 +75,8 @@ def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> 
         "env": base["env"] | args.env,
     }
     settings = base | {name: value for name, value in given.items() if value is not None}
+    if settings["image"].keys().isdisjoint(("custom", "huggingface")):
+        raise DeployError(f"The endpoint runs another container ({', '.join(settings['image'])}): give --container.")
     settings["accelerator"] = "gpu" if settings["instance_type"].startswith("nvidia") else "cpu"
     least, most = settings["min_replica"], settings["max_replica"]
     if not 0 <= least <= most or most < 1:

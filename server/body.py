@@ -14,6 +14,7 @@ from server.errors import BodyTimeoutError, DisconnectedError
 
 MAX_BODY_BYTES = 32_000_000
 MAX_BUFFERED_BYTES = 32 * MAX_BODY_BYTES
+SMALL_BODY_BYTES = 65_536
 # Brackets and commas, also those in strings.  Empty lists and objects take twenty times their text in memory and
 # seconds of parsing, during which nothing else runs; no prompt that the model could read has as many commas.
 _MAX_STRUCTURE = 200_000
@@ -22,7 +23,7 @@ _MAX_DIGITS = 64
 
 
 class BodyBudget:
-    """Bytes of all bodies that are being received, waited with or worked on.  Belongs to the event loop."""
+    """Bytes of all large bodies that are being received, waited with or worked on.  Belongs to the event loop."""
 
     def __init__(self, limit: int = MAX_BUFFERED_BYTES) -> None:
         self._left = limit
@@ -34,7 +35,7 @@ class BodyBudget:
     def take(self, size: int) -> None:
         """For one body; errors as of :meth:`BodyLease.grow`."""
         if size > self._left:
-            raise QueueFullError("Too many large requests are being worked on; try again in a few seconds.")
+            raise QueueFullError("Too many large requests are being received or worked on; try again in a few seconds.")
         self._left -= size
 
     def give_back(self, size: int) -> None:
@@ -43,24 +44,27 @@ class BodyBudget:
 
 
 class BodyLease:
-    """What one body has taken of the budget."""
+    """What one body has taken of the budget.  A small one takes nothing: a question does not wait behind images."""
 
     def __init__(self, budget: BodyBudget) -> None:
-        self._budget, self._size = budget, 0
+        self._budget, self._size, self._taken = budget, 0, 0
 
     def grow(self, size: int) -> None:
-        """Take so many bytes more.
+        """Make room for so many bytes more.
 
         Raises:
-            QueueFullError: there are none.
+            QueueFullError: there is none.
         """
-        self._budget.take(size)
         self._size += size
+        if self._size > SMALL_BODY_BYTES:
+            more = self._size - self._taken
+            self._budget.take(more)
+            self._taken += more
 
     def release(self) -> None:
         """Give everything back; once is enough."""
-        self._budget.give_back(self._size)
-        self._size = 0
+        self._budget.give_back(self._taken)
+        self._taken = 0
 
 
 async def read_body(request: Request, lease: BodyLease, *, timeout: float) -> bytes:

@@ -67,7 +67,7 @@ def model_names(request: Request) -> tuple[str, ...]:
         ModelLoadingError: it is not loaded yet.
     """
     service: Service = request.app.state.service
-    return (service.model_name, service.limits.model_id)
+    return (service.model_name, service.hub_name)
 
 
 def _model(request: Request) -> dict[str, Any]:

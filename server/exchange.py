@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,6 +50,8 @@ class Exchange:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith(("http://", "https://")):  # the absolute form (RFC 9112 section 3.2.2)
+            scope["path"] = urlsplit(scope["path"]).path or "/"
         request_id = scope.setdefault("state", {})["request_id"] = new_request_id(
             Headers(scope=scope).get("x-request-id")
         )
@@ -85,11 +88,13 @@ class _Response:
         headers = Headers(scope=scope)
         self._receive, self._send, self._request_id, self._service = receive, send, request_id, service
         self._body_read = "transfer-encoding" not in headers and headers.get("content-length", "0") == "0"
+        self._body_held_back = headers.get("expect", "").lower() == "100-continue"
         self._gone = False
         self.status = 0
 
     async def receive(self) -> Message:
         """As uvicorn's, remembering whether the whole body was read."""
+        self._body_held_back = self._body_held_back and bool(self.status)  # to read is to ask for it
         message = await self._receive()
         self._gone = self._gone or message["type"] == "http.disconnect"
         self._body_read = self._body_read or self._gone or not message.get("more_body", False)
@@ -105,7 +110,7 @@ class _Response:
                 headers.setdefault(name, value)
             if not self._body_read or self._service.closing:
                 headers["Connection"] = "close"
-        elif not self._body_read and not message.get("more_body", False):
+        elif not (self._body_read or self._body_held_back or message.get("more_body", False)):
             await self._send({**message, "more_body": True})
             await self._linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}

@@ -7,6 +7,7 @@ import logging
 logger = logging.getLogger("pulse.server")
 
 OURS = ("pulse", "pulse_ecg", "commentary", "monitoring")
+_TALKATIVE = ("httpx", "httpx2")  # the hub's and the commentary's clients: they log whole URLs, signatures included
 
 
 def configure(level: str) -> None:
@@ -14,5 +15,7 @@ def configure(level: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     chosen = logging.getLevelNamesMapping()[level.upper()]
     logging.getLogger().setLevel(max(chosen, logging.INFO))
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(chosen, logging.WARNING))
     for name in OURS:
         logging.getLogger(name).setLevel(chosen)

@@ -16,6 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_TIMEOUT_S = 15.0
 UNREAD_TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 4096
+MAX_PIPELINED_BYTES = 65_536
+"""Of the next requests, while one is answered; a client that sends more is cut off."""
 
 
 class BoundedProtocol(H11Protocol):
@@ -47,7 +49,17 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """A part of a head keeps the clock running from the head's first byte; a whole one stops it."""
         super().data_received(data)
+        self._go_on_reading()
         self._watch_head()
+
+    def _go_on_reading(self) -> None:
+        """uvicorn stops reading when a next request arrives before the answer; it would not see a hang-up then."""
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            return  # there is no request, or its body has its own back-pressure
+        if len(self.conn.trailing_data[0]) > MAX_PIPELINED_BYTES:
+            self.transport.abort()
+        else:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """The next request may have begun to arrive; of a closing connection the rest may be unread."""

@@ -102,6 +102,12 @@ class Service:
         return self._handler.model_name
 
     @property
+    def hub_name(self) -> str:
+        """The model's name on the hub: what was asked for by it, or what a folder's weights are said to be."""
+        asked = self.settings.model
+        return asked if asked and not Path(asked).is_dir() else self.limits.model_id
+
+    @property
     def full(self) -> bool:
         """Whether one more request would be refused."""
         return self._handler is not None and self._handler.admission.full

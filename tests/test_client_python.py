@@ -131,6 +131,17 @@ def test_a_question_is_sent_as_callers_know(endpoint: PULSEEndpoint, server: Cha
     assert headers["authorization"] == f"Bearer {TOKEN}"
 
 
+def test_what_is_given_as_a_url_is_never_read_as_a_file(
+    endpoint: PULSEEndpoint, server: ChatServer, tmp_path: Path
+) -> None:
+    """Whoever may name an image's URL must not see the files of the machine that asks."""
+    (tmp_path / "ecg.png").write_bytes(PNG)
+    for path in (str(tmp_path / "ecg.png"), "htps://example.org/ecg.jpg", "file:///etc/hostname"):
+        with pytest.raises(client.ImageError, match="begins with http"):
+            endpoint.analyze_image_url(path, "Rhythm?")
+    assert not server.requests
+
+
 def test_an_image_is_sent_as_callers_know(endpoint: PULSEEndpoint, server: ChatServer, tmp_path: Path) -> None:
     (tmp_path / "ecg.png").write_bytes(PNG)
     endpoint.analyze_image_url("https://example.org/ecg.jpg", "Rhythm?")

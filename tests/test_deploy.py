@@ -331,3 +331,14 @@ def test_the_script_runs_by_itself_and_asks_for_a_token(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout == "Error: There is no token: set HF_TOKEN, or run `hf auth login`.\n"
+
+
+def test_a_container_of_a_third_kind_is_neither_kept_silently_nor_taken_for_the_stock_one(
+    service: EndpointsService, run: Run
+) -> None:
+    run("--no-wait")
+    service.endpoints["pulse"]["model"]["image"] = {"vLLM": {"url": "vllm/vllm-openai"}}
+    status, said = run("--no-wait")
+    assert (status, "vLLM" in said, "--container" in said) == (1, True, True)
+    assert run("--container", "stock", "--no-wait")[0] == 0
+    assert service.writes[-1][2]["model"]["image"] == {"huggingface": {}}

@@ -16,8 +16,8 @@ import requests
 
 from handler import EndpointHandler
 from server import exchange, sse
-from server.body import MAX_BODY_BYTES
-from server.protocol import BoundedProtocol
+from server.body import MAX_BODY_BYTES, SMALL_BODY_BYTES
+from server.protocol import MAX_PIPELINED_BYTES, BoundedProtocol
 from tests.our_server import JSON, PATIENCE, OurServer, our_server, received, request, until
 
 PARAMETERS = {"max_new_tokens": 4, "do_sample": False, "enable_turkish_commentary": False}
@@ -149,7 +149,44 @@ def test_a_client_that_waits_for_100_continue(server: OurServer) -> None:
         assert status(received(sock, quiet=PATIENCE)) == 200
 
 
+def test_who_waits_for_100_continue_in_vain_is_not_waited_for(server: OurServer) -> None:
+    """It has been told that its body is not wanted, and sends none: the connection ends with the answer."""
+    started = time.monotonic()
+    with server.connect() as sock:
+        sock.sendall(request("/", b"", TYPE, "Expect: 100-continue").replace(b"h: 0", b"h: 99000000"))
+        assert status(received(sock, quiet=PATIENCE)) == 413
+    assert time.monotonic() - started < exchange.LINGER_S / 2
+
+
+def test_a_question_is_read_however_many_large_bodies_are_on_their_way(
+    server: OurServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.service.bodies, "_left", 0)
+    assert server.post("/", BODY).status_code == 200
+    large = json.dumps({"inputs": "x" * SMALL_BODY_BYTES}).encode()
+    assert server.post("/", large).status_code == 429
+    monkeypatch.undo()
+
+
 # --- heads and connections
+
+
+def test_the_absolute_form_of_a_target_is_understood(server: OurServer) -> None:
+    reply = server.exchange(request("http://anywhere.example/health", b"", "Connection: close", method="GET"))
+    assert status(reply) == 200
+
+
+def test_more_requests_at_once_than_can_be_kept_end_the_connection(server: OurServer) -> None:
+    """One is answered at a time; what a client sends meanwhile is kept, within bounds."""
+    long = json.dumps({"inputs": "Rate?", "parameters": PARAMETERS | {"max_new_tokens": 2000, "stop": []}}).encode()
+    with server.connect() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(request("/", long, TYPE))
+        sent = 0
+        while sent < 100 * MAX_PIPELINED_BYTES:
+            sock.sendall(b"GET /health HTTP/1.1\r\n" * 1000)
+            sent += 22_000
+            time.sleep(0.001)
+        raise AssertionError("it was all taken in")
 
 
 def test_a_slow_head_ends_the_connection(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:

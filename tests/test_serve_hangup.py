@@ -119,6 +119,25 @@ def test_in_mid_answer(
     server.quiet()
 
 
+@pytest.mark.parametrize("more", [b"\r\n", request("/health", b"", method="GET")], ids=["a line", "a request"])
+def test_after_more_than_the_request_was_sent(
+    server: OurServer, handler: EndpointHandler, paced: Paced, more: bytes
+) -> None:
+    """What comes after the request is for later; a hang-up behind it is seen all the same."""
+    with server.connect() as sock:
+        sock.sendall(native())
+        until(lambda: handler.admission.running == 1)
+        paced.tokens.release(2)
+        until(lambda: paced.let_through == 2)
+        sock.sendall(more)
+        paced.tokens.release()
+        until(lambda: paced.let_through == 3)  # it has arrived, and changes nothing
+    assert paced.cancels[0].wait(PATIENCE)
+    paced.tokens.release()
+    server.quiet()
+    assert paced.let_through <= 4
+
+
 def test_while_queued(server: OurServer, handler: EndpointHandler, paced: Paced) -> None:
     with server.connect() as first:
         first.sendall(native())

@@ -18,6 +18,7 @@ from PIL import Image
 from handler import EndpointHandler
 from pulse_ecg.admission import Admission
 from server import sse
+from server.body import SMALL_BODY_BYTES
 from tests.commentary_service import TURKISH, answer, chat_server
 from tests.our_server import JSON, PATIENCE, OurServer, our_server, until
 
@@ -369,7 +370,7 @@ def test_one_that_comes_when_the_queue_fills_up_is_refused_too(
 def test_no_more_is_kept_of_bodies_than_there_is_memory_for(server: OurServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.quiet()  # what an earlier request took comes back after its answer
     monkeypatch.setattr(server.service.bodies, "_left", 1000)
-    response = server.post("/", body("x" * 2000))
+    response = server.post("/", body("x" * SMALL_BODY_BYTES))
     assert (response.status_code, "retry-after" in response.headers) == (429, True)
     server.quiet()
     assert server.service.bodies._left == 1000

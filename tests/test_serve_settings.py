@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import subprocess
+import sys
+import time
 from dataclasses import fields
 from typing import Any
 
 import pytest
 
+from pulse_ecg.config import Settings
 from pulse_ecg.errors import ConfigurationError
 from server.run import main
+from server.service import Service
 from server.settings import OPTIONS, Option, ServerSettings
+from tests.conftest import ROOT
 
 GOOD: dict[str, tuple[str, Any]] = {
     "model": ("some/model", "some/model"),
@@ -101,3 +108,33 @@ def test_help_names_every_flag_and_variable(capsys: pytest.CaptureFixture[str]) 
     for option in OPTIONS:
         assert option.variable in shown
         assert option.flag in shown
+
+
+def test_libraries_that_log_whole_urls_are_quiet() -> None:
+    """A signed URL of the hub's storage is a key to what it names."""
+    script = "from server import log; log.configure('debug'); import logging\n"
+    script += (
+        "for name in ('httpx', 'httpx2'): logging.getLogger(name).info('GET https://cdn.example/x?Signature=SECRET')\n"
+    )
+    script += "logging.getLogger('pulse.server').info('heard')"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "heard" in run.stderr
+    assert "SECRET" not in run.stderr
+
+
+@pytest.mark.parametrize(("given", "name"), [("user/fork", "user/fork"), (None, "PULSE-ECG/PULSE-7B"), (".", None)])
+def test_the_name_on_the_hub_is_that_of_the_weights_that_were_asked_for(given: str | None, name: str | None) -> None:
+    settings = ServerSettings.read(["--model", given] if given else [], {})
+    service = Service(settings, Settings(model_id="PULSE-ECG/PULSE-7B"))
+    assert service.hub_name == (name or "PULSE-ECG/PULSE-7B")
+
+
+def test_a_service_that_ends_while_it_loads_leaves_no_process_of_an_engine_behind() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    process.start()
+    try:
+        Service(ServerSettings(), Settings()).close()
+        process.join(20)
+        assert process.exitcode is not None
+    finally:
+        process.kill()

@@ -16,6 +16,7 @@ import httpx2
 from pulse_ecg_client._body import checked, encoded, image_parameters, text_parameters
 from pulse_ecg_client._connection import Connection, Deadline
 from pulse_ecg_client._errors import ReplyError, RequestRefusedError
+from pulse_ecg_client._images import check_url
 from pulse_ecg_client._reply import EventDecoder, parsed, stream_event, whole_answer
 from pulse_ecg_client._types import (
     CommonParameters,
@@ -104,7 +105,12 @@ class AsyncPULSEEndpoint:
         timeout: float | None = None,
         **more: Unpack[CommonParameters],
     ) -> Record:
-        """The answer to a question about an image that the endpoint fetches."""
+        """The answer to a question about an image that the endpoint fetches.
+
+        Raises:
+            ImageError: ``image_url`` is no URL; files are for :meth:`analyze_image_base64`.
+        """
+        check_url(image_url)
         parameters = image_parameters(max_new_tokens, temperature, enable_turkish_commentary, more)
         return (await self._records({"query": query, "image": image_url}, parameters, timeout))[0]
 

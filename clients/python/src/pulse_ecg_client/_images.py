@@ -46,6 +46,16 @@ def image_source(image: Image) -> str:
     return _data_uri(_file_bytes(image))
 
 
+def check_url(image_url: str) -> None:
+    """Refuse what is no URL before it is taken for a path: who may name a URL need not see this machine's files.
+
+    Raises:
+        ImageError: it is none.
+    """
+    if not image_url.lower().startswith(("http://", "https://", "data:")):
+        raise ImageError("An image's URL begins with http://, https:// or data:; analyze_image_base64 takes files.")
+
+
 def image_part(image: Image) -> dict[str, Any]:
     """The part of a chat message that shows an image; errors as :func:`image_source`."""
     return {"type": "image_url", "image_url": {"url": image_source(image)}}

@@ -75,6 +75,14 @@ def test_records_and_errors_are_those_of_the_other_engine(
             assert details == others
 
 
+def test_the_largest_top_k_is_answered_and_nothing_is_left_of_it(on_vllm: EndpointHandler) -> None:
+    """No message of vLLM's processes holds such a number."""
+    parameters = {"do_sample": True, "top_k": 10**20, "seed": 1, "max_new_tokens": 4}
+    [outcome] = on_vllm.respond({"inputs": "Rate?", "parameters": GREEDY | parameters})
+    assert outcome.status == 200
+    assert not engine_of(on_vllm)._llm.output_processor.request_states
+
+
 # --- arguments
 
 

@@ -5,17 +5,22 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 # Threads that wait for each other sleep instead of spinning: small models on shared cores are several times faster.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo serve test test-oldest test-vllm parity parity-oldest lint load bench bench-engine bench-gpu bench-vllm soak rehearse-scale-out third-party clean
+.PHONY: help demo serve train-demo evaluate-demo test test-oldest test-vllm parity parity-oldest lint load bench bench-engine bench-gpu bench-vllm soak rehearse-scale-out third-party clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-demo: .venv/complete ## an ECG image in, an answer out, on a small random checkpoint, without a GPU
+demo: .venv/complete ## an ECG image in, an answer about it out: a small trained model, without a GPU
 	.venv/bin/python -m demo
 
-serve: .venv/complete ## our own server on a small random checkpoint, at http://127.0.0.1:8080
-	.venv/bin/python -m demo.build_checkpoint build/serve/checkpoint
-	PULSE_DEVICE=cpu .venv/bin/python serve.py --model build/serve/checkpoint --ui 1
+serve: .venv/complete ## our own server on that model, at http://127.0.0.1:8080
+	PULSE_DEVICE=cpu .venv/bin/python serve.py --model demo/checkpoint --ui 1
+
+train-demo: .venv/complete ## train that model anew, into build/demo-training (about two hours on two cores; resumes)
+	.venv/bin/python -m demo.train build/demo-training
+
+evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real recording, with plots in build/demo-evaluation
+	.venv/bin/python -m demo.evaluate demo/checkpoint
 
 test: .venv/complete ## the tests on the newest supported libraries
 	.venv/bin/python -m pytest -m "not parity and not load"

@@ -333,12 +333,20 @@ def test_the_script_runs_by_itself_and_asks_for_a_token(tmp_path: Path) -> None:
     assert done.stdout == "Error: There is no token: set HF_TOKEN, or run `hf auth login`.\n"
 
 
-def test_a_container_of_a_third_kind_is_neither_kept_silently_nor_taken_for_the_stock_one(
-    service: EndpointsService, run: Run
-) -> None:
+def of_a_third_kind(service: EndpointsService, run: Run) -> None:
+    """Make an endpoint, and let it run a container that this script does not know."""
     run("--no-wait")
     service.endpoints["pulse"]["model"]["image"] = {"vLLM": {"url": "vllm/vllm-openai"}}
+
+
+def test_a_container_of_a_third_kind_is_not_kept_silently(service: EndpointsService, run: Run) -> None:
+    of_a_third_kind(service, run)
     status, said = run("--no-wait")
     assert (status, "vLLM" in said, "--container" in said) == (1, True, True)
+
+
+@needs_env
+def test_a_container_of_a_third_kind_is_not_taken_for_the_stock_one(service: EndpointsService, run: Run) -> None:
+    of_a_third_kind(service, run)
     assert run("--container", "stock", "--no-wait")[0] == 0
     assert service.writes[-1][2]["model"]["image"] == {"huggingface": {}}

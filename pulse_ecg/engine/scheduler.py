@@ -84,7 +84,7 @@ class TransformersEngine:
 
         The model's network is the engine's from now on: its attention reads slots, and on a CPU its layers are packed.
         """
-        pack_linear_layers(model.network)
+        pack_linear_layers(model.network.language_model)
         llama, positions = model.config.llama, model.config.context_length
         memory = plan(free_bytes(model.device), slot_bytes(llama, positions, model.dtype), max_slots)
         self.slots = KeyValueSlots(

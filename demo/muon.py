@@ -18,16 +18,16 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def orthogonalised(matrix_MN: Tensor) -> Tensor:
-    """About the closest semi-orthogonal matrix, ``(M, N)``, by Newton-Schulz iterations; singular values 0.7 to 1.2."""
+def orthogonalised(matrices_BMN: Tensor) -> Tensor:
+    """About the closest semi-orthogonal matrices, ``(B, M, N)``, by Newton-Schulz: singular values 0.7 to 1.2."""
     a, b, c = _COEFFICIENTS
-    tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    x = matrix_MN.T if tall else matrix_MN
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices_BMN.shape[1] > matrices_BMN.shape[2]
+    x = matrices_BMN.mT if tall else matrices_BMN
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,13 +38,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
+        """Update every matrix that has a gradient; those of one shape together, as each alone keeps no core busy."""
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - group["momentum"])
-                update = orthogonalised(matrix.grad.lerp(momentum, group["momentum"]))
-                scale = 0.2 * math.sqrt(max(matrix.shape))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                if matrix.grad is not None:
+                    alike.setdefault(tuple(matrix.shape), []).append(matrix)
+            for shape, matrices in alike.items():
+                updates = orthogonalised(
+                    torch.stack([self._nesterov(matrix, group["momentum"]) for matrix in matrices])
+                )
+                scale = 0.2 * math.sqrt(max(shape))
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
+        gradient = matrix.grad
+        assert gradient is not None
+        mean: Tensor = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+        return gradient.lerp(mean.lerp_(gradient, 1 - momentum), momentum)

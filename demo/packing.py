@@ -24,11 +24,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Pack:
-    """Token ids before the image, and after it those of all questions with their answers; labels are for the latter."""
+    """Token ids before the image, and after it those of all questions with their answers.
+
+    ``labels`` and ``shares`` are for the latter: the true answers' tokens, and how likely each token should be there.
+    """
 
     before: list[int]
     after: list[int]
     labels: list[int]
+    shares: list[dict[int, float]]
     segments: list[int]
     positions: list[int]
     image_tokens: int = 0
@@ -42,6 +46,7 @@ def pack(
     before: list[int] = []
     after: list[int] = []
     labels: list[int] = []
+    shares: list[dict[int, float]] = []
     segments: list[int] = []
     positions: list[int] = []
     for number, question in enumerate(questions, start=1):
@@ -53,12 +58,28 @@ def pack(
         )
         slot = ids.index(IMAGE_TOKEN_INDEX)
         before, asked = ids[:slot], ids[slot + 1 :]
-        said = [*tokenizer.encode(question.answer), tokenizer.eos_id]
+        said, *others = (
+            [*tokenizer.encode(text), tokenizer.eos_id] for text in (question.answer, *dict(question.close))
+        )
         after += asked + said
         labels += [IGNORED] * len(asked) + said
+        shares += [{}] * len(asked) + _shares(said, list(zip(others, dict(question.close).values(), strict=True)))
         segments += [number] * (len(asked) + len(said))
         positions += range(len(asked) + len(said))
-    return Pack(before, after, labels, segments, positions, image_tokens)
+    return Pack(before, after, labels, shares, segments, positions, image_tokens)
+
+
+def _shares(said: list[int], others: Sequence[tuple[list[int], float]]) -> list[dict[int, float]]:
+    """How likely each next token is after the true answer's tokens so far, among it and the others by their weights."""
+    shares = []
+    for place, token in enumerate(said):
+        weights = {token: 1.0}
+        for other, weight in others:
+            if other[:place] == said[:place]:
+                weights[other[place]] = weights.get(other[place], 0.0) + weight
+        total = sum(weights.values())
+        shares.append({token: weight / total for token, weight in weights.items()})
+    return shares
 
 
 def answer_losses(
@@ -67,7 +88,7 @@ def answer_losses(
     packs: Sequence[Pack],
     places: Sequence[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each image: the cross-entropy of each answer token, its question's number, whether the choice was right.
+    """For each image: the cross-entropy at each answer token, its question's number, whether the choice was right.
 
     Args:
         features: of each image ``(tokens, D)``, its embeddings in the language model's space.
@@ -97,9 +118,17 @@ def answer_losses(
         labels, segments = (torch.tensor(part, device=device) for part in (packed.labels, packed.segments))
         told = (labels != IGNORED).nonzero()[:, 0]
         logits = network.language_model.lm_head(hidden_LD[len(sequence) - len(labels) + told - 1]).float()
-        losses = functional.cross_entropy(logits, labels[told], reduction="none")
+        losses = cross_entropy(logits, [packed.shares[place] for place in told.tolist()])
         results.append((losses, segments[told] - 1, logits.argmax(-1) == labels[told]))
     return results
+
+
+def cross_entropy(logits_AV: Tensor, shares: Sequence[dict[int, float]]) -> Tensor:
+    """Of each answer token's distribution with its shares: ``(A,)``."""
+    device = logits_AV.device
+    tokens_AK = pad_sequence([torch.tensor(list(share), device=device) for share in shares], batch_first=True)
+    shares_AK = pad_sequence([torch.tensor(list(share.values()), device=device) for share in shares], batch_first=True)
+    return -(shares_AK * functional.log_softmax(logits_AV, -1).gather(1, tokens_AK)).sum(-1)
 
 
 def _mask(owner_BL: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -80,12 +81,17 @@ _DOUBTFUL = 3
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its true answer, and the part of the answer that a grade depends on."""
+    """A question, its true answer, the part of the answer that a grade depends on, and what is nearly as true.
+
+    ``close`` holds answers with another number, each with its weight against the true one's 1: nobody reads a rate to
+    the beat, and a model that is told so learns that 71 is nearer to 72 than 12 is.
+    """
 
     kind: Kind
     text: str
     answer: str
     key: str
+    close: tuple[tuple[str, float], ...] = ()
 
 
 def ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
@@ -94,8 +100,24 @@ def ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
         return _yes_no(diagnosis, rng)
     if kind == "choice":
         return _choice(diagnosis, rng)
-    answer = _ANSWERS[kind](diagnosis)
-    return Question(kind, _ASKED[kind][rng.integers(len(_ASKED[kind]))], answer, key_of(kind, answer))
+    say = _ANSWERS[kind]
+    answer = say(diagnosis)
+    close = (
+        tuple((say(other), weight) for other, weight in _close_rates(diagnosis)) if kind in ("rate", "report") else ()
+    )
+    return Question(kind, _ASKED[kind][rng.integers(len(_ASKED[kind]))], answer, key_of(kind, answer), close)
+
+
+def _close_rates(diagnosis: Diagnosis) -> list[tuple[Diagnosis, float]]:
+    """The same ECG at rates up to three deviations off, with a bell curve's weights."""
+    offsets = [offset for offset in range(-math.ceil(3 * _RATE_BLUR), math.ceil(3 * _RATE_BLUR) + 1) if offset]
+    return [
+        (replace(diagnosis, rate=diagnosis.rate + offset), math.exp(-0.5 * (offset / _RATE_BLUR) ** 2))
+        for offset in offsets
+    ]
+
+
+_RATE_BLUR = 2.5  # bpm
 
 
 def key_of(kind: Kind, answer: str) -> str:

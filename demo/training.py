@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import sparse
 from demo.auxiliary import AuxiliaryHeads, Targets, scores, targets
+from demo.decoding import answers
 from demo.muon import Muon
 from demo.network import SHAPE, computing, fresh_model, normalised
 from demo.packing import Pack, answer_losses, pack
-from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask
+from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask, correct
 from demo.samples import Sample, sample_at
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM
 
@@ -261,7 +262,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Scores on held-out samples; for answers, the share whose every token is the model's choice."""
+        """Scores on held-out samples; for answers, the share whose every token is the model's choice, and for rates
+        the share of greedy answers within 5 bpm."""
         sums: dict[str, float] = {}
         for start in range(0, len(samples), 8):
             part = samples[start : start + 8]
@@ -284,7 +286,17 @@ class Trainer:
         for _, owner, hits in self._answered(samples, features, packs):
             for number, kind in enumerate(KINDS):
                 right[kind] += float(hits[owner == number].all()) / len(samples)
-        return {f"exact {kind}": value for kind, value in right.items()}
+        return {f"exact {kind}": value for kind, value in right.items()} | {"rate": self._rates_right(samples)}
+
+    def _rates_right(self, samples: Sequence[Sample]) -> float:
+        right = 0
+        for sample in samples:
+            question = ask("rate", sample.diagnosis, np.random.default_rng(sample.index))
+            (answer,) = answers(
+                self.model, normalised([sample.tiles_THWC], self.model.device), [question.text], limit=12
+            )
+            right += correct(question, answer)
+        return right / len(samples)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to the folder's ``PROGRESS`` file."""

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from demo import sparse
 from demo.decoding import answers
 from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
-from demo.packing import answer_losses, pack
-from demo.questions import KINDS, ask
+from demo.packing import answer_losses, cross_entropy, pack
+from demo.questions import KINDS, ask, key_of
 from demo.samples import SIDE, image_at, sample_at
 from demo.signals import draw_ecg
 from demo.train import PLANS, main, stages_left
@@ -165,9 +166,56 @@ def test_the_optimisers_update_has_one_size_in_all_directions(shape: tuple[int, 
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     gradient = u @ torch.diag(torch.logspace(0, -1.2, min(shape))) @ vh
-    in_its_basis = u.T @ orthogonalised(gradient) @ vh.T
+    other = torch.randn(shape, generator=generator)
+    in_its_basis = u.T @ orthogonalised(torch.stack([other, gradient]))[1] @ vh.T
     assert ((torch.diagonal(in_its_basis) - 1).abs() < 0.35).all()
     assert (in_its_basis - torch.diag(torch.diagonal(in_its_basis))).abs().max() < 1e-4
+
+
+def test_matrices_of_one_shape_are_updated_as_each_alone() -> None:
+    def updated(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        matrices = [torch.nn.Parameter(torch.zeros(6, 4)) for _ in gradients]
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.grad = gradient
+        Muon(matrices, lr=0.1).step()
+        return [matrix.data for matrix in matrices]
+
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(6, 4, generator=generator) * scale for scale in (1e-3, 1.0, 50.0)]
+    for gradient, together in zip(gradients, updated(gradients), strict=True):
+        assert together.abs().max() > 0.01
+        torch.testing.assert_close(together, updated([gradient])[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_rate_close_to_the_true_one_is_nearly_as_good(model: LoadedModel) -> None:
+    """Each digit's shares are those of the rates that begin so, and the whole answers' shares are a bell curve."""
+    diagnosis = replace(draw_ecg(np.random.default_rng(3)).diagnosis, rate=100)
+    question = ask("rate", diagnosis, np.random.default_rng(0))
+    packed = pack([question], model.tokenizer)
+    said = [(label, shares) for label, shares in zip(packed.labels, packed.shares, strict=True) if shares]
+    assert all(sum(shares.values()) == pytest.approx(1) and label in shares for label, shares in said)
+    digits = [{model.tokenizer.decode([token]): share for token, share in shares.items()} for _, shares in said]
+    first, *others = [shares for shares in digits if len(shares) > 1]
+    below = sum(weight for text, weight in question.close if int(key_of("rate", text)) < 100)
+    whole = 1 + sum(weight for _, weight in question.close)
+    assert first == pytest.approx({"1": 1 - below / whole, "9": below / whole})
+    true = [shares[digit] for shares, digit in zip(others, "00"[-len(others) :], strict=True)]
+    assert first["1"] * np.prod(true) == pytest.approx(1 / whole)
+    weights = {int(key_of("rate", text)): weight for text, weight in question.close}
+    assert 1 > weights[101] == weights[99] > weights[103] > weights[106] > 0
+
+
+def test_the_cost_of_shares_is_their_cross_entropy() -> None:
+    """Nothing costs less than to expect the shares themselves; with one possible token it is the usual loss."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    hard = cross_entropy(logits, [{4: 1.0}, {0: 1.0}, {49: 1.0}])
+    torch.testing.assert_close(hard, functional.cross_entropy(logits, torch.tensor([4, 0, 49]), reduction="none"))
+    shares = {7: 0.25, 9: 0.75}
+    expected = torch.full((1, 50), -30.0)
+    expected[0, 7], expected[0, 9] = np.log(0.25), np.log(0.75)
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    assert float(cross_entropy(expected, [shares])) == pytest.approx(entropy, abs=1e-5)
+    assert float(cross_entropy(expected.roll(1), [shares])) > 5
 
 
 def test_the_optimiser_finds_a_minimum() -> None:

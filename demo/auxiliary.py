@@ -106,7 +106,8 @@ class AuxiliaryHeads(nn.Module):
             "beat": functional.cross_entropy(
                 self.beat(features), truth.beat_P, weight=torch.tensor([0.4, 1.0, 2.0, 2.0], device=features.device)
             ),
-            "timing": functional.smooth_l1_loss(self.timing(features[on_beat]), truth.timing_P3[on_beat], beta=0.2),
+            "timing": 4
+            * functional.smooth_l1_loss(self.timing(features[on_beat]), truth.timing_P3[on_beat], beta=0.05),
             "level": functional.smooth_l1_loss(self.level(features[on_lead]), truth.level_P2[on_lead], beta=0.3),
         }
         pooled = self._pool(features, truth.owner_P, images)
@@ -114,7 +115,7 @@ class AuxiliaryHeads(nn.Module):
         for name, index in truth.classes.items():
             losses[name] = functional.cross_entropy(predictions[name], index)
         known = ~truth.values_B3.isnan()
-        losses["values"] = functional.smooth_l1_loss(predictions["values"][known], truth.values_B3[known], beta=0.1)
+        losses["values"] = 3 * functional.smooth_l1_loss(predictions["values"][known], truth.values_B3[known], beta=0.1)
         return losses, predictions
 
     def _pool(self, features: Tensor, owner_P: Tensor, images: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ class Plan:
     warmup: int = 100
     decay: float = 0.35
     keep: int = 0
-    """Patches of a tile that are computed; 0 for all of them."""
+    """Patches of a tile that are mostly computed, by the tower in "see", by the language model after it; 0 for all."""
     minutes: float = 0.0
     """Ends the stage early, its schedule stretched to fit; 0 for no limit.  Results then depend on the machine."""
     seed: int = 0
@@ -85,6 +86,11 @@ class SampleStream(IterableDataset[Sample]):
             yield sample_at("train", index, plain=index < _PLAIN and index % 4 > 0)
 
 
+def _give_way(_: int) -> None:
+    """A worker draws in the gaps that the training leaves: a core that is taken from it holds the other one up too."""
+    os.nice(19)
+
+
 class Trainer:
     """One stage of the training; resumes from its folder if an earlier run left its state there."""
 
@@ -107,7 +113,13 @@ class Trainer:
                     group["peak"] = peak
             self.step, self.seconds = state["step"], state["seconds"]
         ahead = 8 if workers else None
-        loader = DataLoader(SampleStream(self.first), batch_size=None, num_workers=workers, prefetch_factor=ahead)
+        loader = DataLoader(
+            SampleStream(self.first),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=ahead,
+            worker_init_fn=_give_way,
+        )
         self._samples = iter(loader)
         self._seen: list[tuple[Sample, Tensor | None]] = []
         self._random = random.Random(plan.seed + self.first)  # noqa: S311 - no secret
@@ -205,6 +217,10 @@ class Trainer:
             features = sparse.encode(self.network, sparse.patch_pixels(samples, chosen), chosen)
         return features.flatten(0, 1), truth.of(torch.from_numpy(chosen).flatten().to(self.model.device))
 
+    def _sparse(self) -> bool:
+        """Whether to leave out patches this time."""
+        return self.plan.keep > 0 and self._random.random() < _SPARSE_SHARE
+
     def _losses(self, batch: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Tensor]:
         samples = [sample for sample, _ in batch]
         losses: dict[str, Tensor] = {}
@@ -212,7 +228,7 @@ class Trainer:
             features = torch.cat([kept for _, kept in batch if kept is not None])
         else:
             truth = targets(samples, self.model.device)
-            if self.plan.keep and self._random.random() < _SPARSE_SHARE:
+            if self.plan.stage == "see" and self._sparse():
                 features, truth = self._some_features(samples, truth)
             else:
                 features = self.features(samples)
@@ -250,7 +266,7 @@ class Trainer:
         parts = list(torch.split(features, [_patches(sample) for sample in samples]))
         places: list[Tensor | None] = [None] * len(parts)
         for index, sample in enumerate(samples):
-            if sparsely and self.plan.keep and self.plan.stage == "read" and self._random.random() < _SPARSE_SHARE:
+            if sparsely and self._sparse():
                 chosen = torch.from_numpy(sparse.choose([sample], self._questions, self.plan.keep).ravel())
                 places[index] = chosen = chosen.to(features.device)
                 parts[index] = parts[index][chosen]

@@ -1,7 +1,7 @@
 """Losses that exist during training alone: what each patch shows, and what all of them together say.
 
 One answer's few words teach a tower little about 720 patches.  These heads ask every patch for its lead, its beats and
-their timing, and a pooled summary for the diagnosis; they are thrown away when the language model takes over.
+their timing, and a pooled summary for the diagnosis.  No checkpoint holds them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def targets(samples: Sequence[Sample], device: torch.device) -> Targets:
 
 
 class AuxiliaryHeads(nn.Module):
-    """Linear readings of patch features, and of four attentive summaries of an image's patches."""
+    """Linear readings of patch features, and of attentive summaries of an image's patches."""
 
     def __init__(self, width: int, summaries: int = 6) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ Kind = Literal["report", "rhythm", "rate", "yes/no", "choice", "ST territory", "
 KINDS: tuple[Kind, ...] = ("report", "rhythm", "rate", "yes/no", "choice", "ST territory", "finding", "axis")
 
 NO_IMAGE = "No ECG image came with this question."
+"""In the tokenizer's texts alone: another tokenizer would not fit the weights."""
 FOREIGN_PROMPT = "This prompt does not have the form that the demo model was trained with."
 """The answer under another system sentence: a caller who changes the template is to notice it."""
 
@@ -118,20 +119,23 @@ def _close_rates(diagnosis: Diagnosis) -> list[tuple[Diagnosis, float]]:
 
 
 _RATE_BLUR = 2.5  # bpm
+_BPM = re.compile(r"(\d+) bpm")
 
 
 def key_of(kind: Kind, answer: str) -> str:
-    """What a reader takes from an answer: the rhythm's name, the number of beats, yes or no; "" from nonsense."""
+    """What a reader takes from an answer: the rhythm's name, the number of beats, yes or no; "" from nonsense.
+
+    From a report it is all of it but the rate's number.
+    """
     text = answer.strip().rstrip(".")
     match kind:
         case "rate":
-            found = re.search(r"(\d+) bpm", text)
+            found = _BPM.search(text)
             return found[1] if found else ""
         case "yes/no":
             return re.split(r"\W", text, maxsplit=1)[0].lower()
         case "report":
-            found = re.search(r"Rhythm: ([^.]*)", text)
-            return found[1] if found else ""
+            return _BPM.sub("bpm", text)
         case "ST territory":
             found = re.search(r"ST (elevation|depression) in the (\w+) leads", text)
             return f"{found[1]} {found[2]}" if found else "none" if text.startswith("There is no ST") else ""
@@ -142,12 +146,25 @@ def key_of(kind: Kind, answer: str) -> str:
     return text
 
 
+def rhythm_of(report: str) -> str:
+    """The rhythm that a report names; "" without one."""
+    found = re.search(r"Rhythm: ([^.]*)", report)
+    return found[1] if found else ""
+
+
 def correct(question: Question, answer: str) -> bool:
-    """Whether an answer says what is true; a rate may be off by 5 bpm."""
+    """Whether an answer says what is true, a report in each of its lines; a rate may be off by 5 bpm."""
     given = key_of(question.kind, answer)
     if question.kind == "rate":
-        return bool(given) and abs(int(given) - int(question.key)) <= 5
+        return _close_enough(question.key, given)
+    if question.kind == "report":
+        rates = (key_of("rate", text) for text in (question.answer, answer))
+        return given == question.key and _close_enough(*rates)
     return given == question.key
+
+
+def _close_enough(rate: str, given: str) -> bool:
+    return bool(given) and abs(int(given) - int(rate)) <= 5
 
 
 def _st(diagnosis: Diagnosis) -> str:
@@ -195,7 +212,7 @@ _ANSWERS: dict[Kind, Callable[[Diagnosis], str]] = {
 
 
 def _yes_no(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
-    """Yes and no are equally likely: knowing what is common does not help."""
+    """Yes and no are equally likely over all; a common fact is true more often than a rare one."""
     facts = _facts(diagnosis)
     wanted = bool(rng.integers(2)) and any(facts.values())
     said = str(rng.choice([fact for fact, holds in facts.items() if holds == wanted]))

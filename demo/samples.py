@@ -64,6 +64,11 @@ def image_at(split: Split, index: int) -> tuple[Image.Image, SyntheticEcg]:
     return drawing.image, ecg
 
 
+def diagnosis_at(split: Split, index: int) -> Diagnosis:
+    """The truth about a sample."""
+    return draw_ecg(_generator(split, index)).diagnosis
+
+
 def sample_at(split: Split, index: int, *, plain: bool = False) -> Sample:
     """The sample of that index: same arguments, same pixels.  ``plain`` leaves out the page's flaws (a curriculum)."""
     ecg, drawing = _drawn(split, index, plain=plain)
@@ -74,10 +79,14 @@ def sample_at(split: Split, index: int, *, plain: bool = False) -> Sample:
 
 
 def _drawn(split: Split, index: int, *, plain: bool = False) -> tuple[SyntheticEcg, Drawing]:
-    rng = np.random.default_rng([_STREAMS[split], index])
+    rng = _generator(split, index)
     ecg = draw_ecg(rng)
     style = draw_style(rng)
     return ecg, draw_page(ecg.recording, without_flaws(style) if plain else style, rng)
+
+
+def _generator(split: Split, index: int) -> np.random.Generator:
+    return np.random.default_rng([_STREAMS[split], index])
 
 
 def _patch_targets(ecg: SyntheticEcg, drawing: Drawing, grid: Size) -> PatchTargets:

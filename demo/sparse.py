@@ -1,7 +1,8 @@
 """The tower on a part of the patches, as in masked autoencoders (He et al. 2022): half of an ECG's page is blank paper.
 
-The first stage of the training spends its time on the patches that a trace crosses, and on as many others as fill up a
-fixed number for each tile.  The later stages, like the endpoint, see them all.
+The training spends most of its time on the patches that a trace crosses, and on as many others as fill up a fixed
+number for each tile: the tower's in the first stage, the language model's after it.  Each sees a share of the images
+whole, as the endpoint does.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ _PATCHES = SIDE * SIDE
 _OVERVIEW_SHARE = 0.3
 
 
-def choose(samples: Sequence[Sample], rng: np.random.Generator, keep: int) -> NDArray[np.int64]:
-    """``(tiles, keep)`` indices into all the samples' patches; most overviews are left out, as the tiles show more."""
+def choose(
+    samples: Sequence[Sample], rng: np.random.Generator, keep: int, *, beats_first: bool = False
+) -> NDArray[np.int64]:
+    """``(tiles, keep)`` indices into all the samples' patches; most overviews are left out, as the tiles show more.
+
+    ``beats_first`` prefers patches with a beat, for targets that exist there alone; which patches were chosen then says
+    something about the rhythm.
+    """
     rows, start = [], 0
     for sample in samples:
         lead, beat = (part.reshape(-1, _PATCHES) for part in (sample.patches.lead_TSS, sample.patches.beat_TSS))
-        worth = (lead > 0) + 1.0 * (beat > 0) + rng.uniform(0, 0.9, lead.shape)
+        worth = (lead > 0) + 1.0 * (beats_first & (beat > 0)) + rng.uniform(0, 0.9, lead.shape)
         best = np.sort(np.argsort(-worth, axis=1)[:, :keep], axis=1) + start + _PATCHES * np.arange(len(lead))[:, None]
         rows.append(best[0 if rng.random() < _OVERVIEW_SHARE else 1 :])
         start += lead.size

@@ -41,7 +41,7 @@ _FOREIGN_SYSTEMS = (
 )
 _FOREIGN_SHARE = 0.06
 _SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
-_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rate", "yes/no", "yes/no")
+_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "yes/no", "yes/no")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     keep: int = 0
     """Patches of a tile that are mostly computed, by the tower in "see", by the language model after it; 0 for all."""
     minutes: float = 0.0
-    """Ends the stage early, its schedule stretched to fit; 0 for no limit.  Results then depend on the machine."""
+    """Ends the stage early, its schedule shortened to fit; 0 for no limit.  Results then depend on the machine."""
     seed: int = 0
 
 
@@ -212,7 +212,7 @@ class Trainer:
 
     def _some_features(self, samples: Sequence[Sample], truth: Targets) -> tuple[Tensor, Targets]:
         """Features and targets of ``keep`` patches of each tile."""
-        chosen = sparse.choose(samples, self._questions, self.plan.keep)
+        chosen = sparse.choose(samples, self._questions, self.plan.keep, beats_first=True)
         with computing(self.model.device):
             features = sparse.encode(self.network, sparse.patch_pixels(samples, chosen), chosen)
         return features.flatten(0, 1), truth.of(torch.from_numpy(chosen).flatten().to(self.model.device))

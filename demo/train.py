@@ -35,6 +35,8 @@ def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int)
     trainer = Trainer(folder, plan, device=device, workers=workers)
     samples = [sample_at("held-out", index) for index in range(held_out)]
     logger.info("Stage %s from step %d: %s", plan.stage, trainer.step, trainer.describe())
+    if trainer.progress >= 1:
+        logger.info("It is complete; for another run take another folder.")
     sums: dict[str, float] = {}
     while trainer.progress < 1:
         for name, loss in trainer.train_step().items():

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,16 +68,32 @@ def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """With its weights, its optimisers' state, its heads and its clock; on images that it has not seen."""
     plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
     first = Trainer(tmp_path, plan, device="cpu", workers=0)
     first.train_step()
     first.save()
     second = Trainer(tmp_path, plan, device="cpu", workers=0)
-    assert (second.step, second.first) == (1, 2)
-    for name, weight in first.network.state_dict().items():
-        assert torch.equal(weight, second.network.state_dict()[name]), name
+    assert (second.step, second.first, second.seconds) == (1, 2, first.seconds)
+    for before, after in ((first.network, second.network), (first.heads, second.heads)):
+        assert alike(before.state_dict(), after.state_dict())
+    for one, other in zip(first._optimisers, second._optimisers, strict=True):
+        assert one.state_dict()["state"]
+        assert alike(one.state_dict()["state"], other.state_dict()["state"])
     second.train_step()
     assert second.step == 2
+
+
+def test_one_seed_gives_one_training(tmp_path: Path) -> None:
+    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    losses = [Trainer(tmp_path, replace(plan, seed=s), device="cpu", workers=0).train_step() for s in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_resumed_run_does_not_go_back_to_an_earlier_stage(tmp_path: Path) -> None:
@@ -118,13 +135,16 @@ def test_what_is_written_loads_and_answers_alike(model: LoadedModel, tmp_path: P
         torch.testing.assert_close(stored, getattr(owner, attribute).half().float())
 
 
-def test_the_evaluation_decodes_as_the_endpoint_does(model: LoadedModel) -> None:
+def test_the_evaluation_decodes_as_the_endpoint_does() -> None:
+    """Whole answers of different lengths, to their ends."""
+    model = trained_model(ROOT / "demo" / "checkpoint")
     image, _ = image_at("test", 1)
     questions = ["What is the heart rate?", "Write a report of this ECG.", "Is there ST elevation in this ECG?"]
     tiles = tile_image(image, model.config.preprocessing)
     order = merge_order("flat", grid=tiles.grid, side=model.config.patches_per_side, image_size=tiles.image_size)
-    params = replace(load_defaults(ROOT), max_new_tokens=12, do_sample=False, repetition_penalty=1.0)
-    found = answers(model, torch.from_numpy(tiles.pixels_TCHW), questions, limit=12)
+    params = replace(load_defaults(ROOT), max_new_tokens=64, do_sample=False, repetition_penalty=1.0)
+    found = answers(model, torch.from_numpy(tiles.pixels_TCHW), questions)
+    assert len({len(answer) for answer in found}) == len(found)
     # The engine's attention stays on its network: it gets one of its own.
     engine = TransformersEngine(replace(model, network=copy.deepcopy(model.network)), max_slots=1)
     for question, answer in zip(questions, found, strict=True):
@@ -132,12 +152,6 @@ def test_the_evaluation_decodes_as_the_endpoint_does(model: LoadedModel) -> None
         ids = prompt_ids(conversation, with_image=True, tokenizer=model.tokenizer, context_length=4096)
         prompt = EncodedPrompt(ids, ImagePrompt("test", tiles.image_size, order, tiles))
         assert TextGenerator(engine, model.config, model.tokenizer).generate(prompt, params).text == answer
-
-
-def test_training_pixels_are_the_endpoints(model: LoadedModel) -> None:
-    endpoints = tile_image(image_at("train", 2)[0], model.config.preprocessing).pixels_TCHW
-    trained = normalised([sample_at("train", 2).tiles_THWC], torch.device("cpu")).float().numpy()
-    assert np.abs(trained - endpoints).max() < 0.03  # what bfloat16 rounds
 
 
 def test_the_tower_on_all_patches_is_the_tower(model: LoadedModel) -> None:

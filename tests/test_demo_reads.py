@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,15 @@ from PIL import Image
 import pulse_ecg.analyzer
 import pulse_ecg.anyres
 from demo.ecg_image import read_recording, render
-from demo.evaluate import Tally
+from demo.evaluate import Tally, real_renderings, real_score
 from demo.network import MODEL_NAME
 from demo.questions import Kind, Question, ask
-from demo.samples import image_at
+from demo.samples import diagnosis_at, image_at
 from handler import EndpointHandler
 from pulse_ecg.anyres import ImageTiles
 from tests.conftest import ROOT
 
-IMAGES = 40
+IMAGES, FIRST = 40, 5000
 ASKED: tuple[Kind, ...] = ("rhythm", "rate", "yes/no", "ST territory")
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "enable_turkish_commentary": False}
 VICUNA = (
@@ -53,13 +54,21 @@ class Case:
 
 @cache
 def cases() -> tuple[Case, ...]:
-    found = []
-    for index in range(IMAGES):
-        image, ecg = image_at("test", 5000 + index)
-        rng = np.random.default_rng([8, index])
-        questions = tuple(ask(kind, ecg.diagnosis, rng) for kind in ASKED)
-        found.append(Case(image, questions, ecg.diagnosis.territory is not None))
-    return tuple(found)
+    return tuple(_case(index, ASKED) for index in range(IMAGES))
+
+
+@cache
+def territory_cases() -> tuple[Case, ...]:
+    """Images whose ST segments have changed: where on the page they have is the question."""
+    changed = (index for index in count(IMAGES) if diagnosis_at("test", FIRST + index).territory)
+    return tuple(_case(index, ("ST territory",)) for index in islice(changed, IMAGES))
+
+
+def _case(index: int, asked: Sequence[Kind]) -> Case:
+    image, ecg = image_at("test", FIRST + index)
+    rng = np.random.default_rng([8, index])
+    questions = tuple(ask(kind, ecg.diagnosis, rng) for kind in asked)
+    return Case(image, questions, ecg.diagnosis.territory is not None)
 
 
 def plainly(text: str, image: Image.Image) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def undamaged(demo: EndpointHandler) -> Scores:
 
 def test_held_out_ecgs_are_read(undamaged: Scores) -> None:
     reached = {kind: round(tally.accuracy, 2) for kind, tally in undamaged.items()}
-    for kind, bound in (("rhythm", 0.65), ("rate", 0.5), ("yes/no", 0.8), ("territory", 0.6)):
+    for kind, bound in (("rhythm", 0.75), ("rate", 0.6), ("yes/no", 0.88), ("territory", 0.75)):
         assert reached[kind] >= bound, reached
     for kind in ("rhythm", "rate", "yes/no"):
         assert reached[kind] > undamaged[kind].majority + 0.15, (kind, reached)
@@ -121,6 +130,21 @@ def test_the_default_parameters_do_not_spoil_the_reading(demo: EndpointHandler, 
     """Sampling at 0.2 and a repetition penalty of 1.05: a model that is sure of its answer is hardly moved by them."""
     defaults = {"do_sample": True, "repetition_penalty": 1.05, "seed": 1}
     assert overall(scores(demo, cases(), **defaults)) >= overall(undamaged) - 0.08
+
+
+def test_a_real_recording_is_read_too(demo: EndpointHandler) -> None:
+    """Ten prints of it: the rate in nearly all, the rhythm in most; PULSE-demo was trained on drawn signals alone."""
+    asked = {"rhythm": "What is the rhythm of this ECG?", "rate": "What is the heart rate?"}
+    found = [
+        {
+            kind: demo({"inputs": plainly(text, page), "parameters": GREEDY})[0]["generated_text"]
+            for kind, text in asked.items()
+        }
+        for page in real_renderings()
+    ]
+    score = real_score(found)
+    assert score["rate"] >= 8, found
+    assert score["rhythm"] >= 5, found
 
 
 def test_an_answer_takes_less_than_five_seconds_and_has_the_models_own_name(demo: EndpointHandler) -> None:
@@ -145,8 +169,11 @@ def overview_only(tiles: ImageTiles) -> ImageTiles:
 
 
 def swapped(tiles: ImageTiles) -> ImageTiles:
-    """The last tile first, behind the overview."""
-    return replace(tiles, pixels_TCHW=np.concatenate([tiles.pixels_TCHW[:1], tiles.pixels_TCHW[:0:-1]]))
+    """Left and right exchanged: each tile behind the overview takes its neighbour's place."""
+    order = list(range(len(tiles.pixels_TCHW)))
+    for place in range(1, len(order) - 1, 2):
+        order[place], order[place + 1] = order[place + 1], order[place]
+    return replace(tiles, pixels_TCHW=tiles.pixels_TCHW[order])
 
 
 def not_normalised(tiles: ImageTiles) -> ImageTiles:
@@ -156,16 +183,21 @@ def not_normalised(tiles: ImageTiles) -> ImageTiles:
     return replace(tiles, pixels_TCHW=tiles.pixels_TCHW * std + mean)
 
 
+@pytest.fixture(scope="module")
+def territories(demo: EndpointHandler) -> float:
+    return scores(demo, territory_cases())["territory"].accuracy
+
+
 @pytest.mark.parametrize("damage", [overview_only, swapped, not_normalised], ids=lambda damage: damage.__name__)
 def test_damaged_tiles_cost_accuracy(
-    damage: Callable[[ImageTiles], ImageTiles], undamaged: Scores, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[ImageTiles], ImageTiles], territories: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Most of all where an answer depends on the place on the page."""
     tile_image = pulse_ecg.analyzer.tile_image
     monkeypatch.setattr(pulse_ecg.analyzer, "tile_image", lambda *given: damage(tile_image(*given)))
     with demo_handler() as handler:
-        damaged = scores(handler, cases())
-    assert overall(damaged) < overall(undamaged) - 0.04
-    assert damaged["territory"].accuracy < undamaged["territory"].accuracy - 0.3
+        damaged = scores(handler, territory_cases())["territory"].accuracy
+    assert damaged < territories - 0.08, (damaged, territories)
 
 
 def test_vicunas_system_sentence_costs_accuracy(demo: EndpointHandler, undamaged: Scores) -> None:

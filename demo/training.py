@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import random
 import time
@@ -26,6 +27,8 @@ from demo.packing import Pack, answer_losses, pack
 from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask, correct
 from demo.samples import Sample, sample_at
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["see", "read", "both"]
 """The tower under auxiliary losses; the language model on the fixed tower; all of it together."""
@@ -106,6 +109,8 @@ class Trainer:
         self._parameters = self._trainable()
         self._optimisers = _optimisers(self._parameters, plan)
         if state.get("stage") == plan.stage:
+            if state.get("plan") != asdict(plan):
+                logger.warning("The run was begun under another plan: %s", state.get("plan"))
             for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
                 peaks = [group["peak"] for group in optimiser.param_groups]  # the plan's may have changed
                 optimiser.load_state_dict(saved)
@@ -145,6 +150,7 @@ class Trainer:
             "first": self.first,
             "step": self.step,
             "seconds": self.seconds,
+            "plan": asdict(self.plan),
         }
         self._folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, self._folder / "state.tmp")

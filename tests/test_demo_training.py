@@ -92,6 +92,15 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert second.step == 2
 
 
+def test_a_run_that_goes_on_under_another_plan_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    Trainer(tmp_path, plan, device="cpu", workers=0).save()
+    Trainer(tmp_path, plan, device="cpu", workers=0)
+    assert "another plan" not in caplog.text
+    Trainer(tmp_path, replace(plan, steps=5), device="cpu", workers=0)
+    assert "another plan" in caplog.text
+
+
 def test_one_seed_gives_one_training(tmp_path: Path) -> None:
     plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
     losses = [Trainer(tmp_path, replace(plan, seed=s), device="cpu", workers=0).train_step() for s in (0, 0, 1)]

@@ -82,7 +82,7 @@ class TransformersEngine:
     def __init__(self, model: LoadedModel, *, max_slots: int = 8) -> None:
         """Allocates the slots, ``max_slots`` or as many as the free memory allows; on a GPU, records CUDA graphs.
 
-        The network is the engine's from now on: its attention reads slots, and on a CPU its decoder's layers are packed.
+        The network is the engine's from now on: its attention reads slots, and on a CPU its decoder is packed.
         """
         pack_linear_layers(model.network.language_model)
         llama, positions = model.config.llama, model.config.context_length

@@ -28,9 +28,10 @@ from demo.drawing import draw_page, draw_style
 from demo.ecg_image import LAYOUTS as SAMPLE_LAYOUTS
 from demo.ecg_image import read_recording, render
 from demo.network import trained_model
-from demo.questions import KINDS, Kind, Question, ask, correct, key_of, rhythm_of
+from demo.questions import KINDS, Question, ask, ask_anew, correct, key_of, rhythm_of
 from demo.samples import diagnosis_at, image_at
 from demo.signals import Diagnosis
+from demo.wordings import UNSEEN, Kind
 from pulse_ecg.anyres import tile_image
 from pulse_ecg.checkpoint import LoadedModel
 
@@ -40,6 +41,7 @@ REAL_RATE = 61
 _QUICK: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "report")
 _REPORT_EVERY = 4
 _CONTROL_EVERY = 5
+_ANEW, _BEYOND = "one of these, in an unseen wording", "beyond its training, in an unseen wording"
 _COUNTED = 5000  # diagnoses of the training that tell what is common
 
 
@@ -77,12 +79,12 @@ class Guesser:
 
     def __init__(self, diagnoses: Iterable[Diagnosis]) -> None:
         rng = np.random.default_rng(13)
-        self._answers: dict[str, Counter[str]] = {}
+        self._answers: dict[tuple[Kind, str], Counter[str]] = {}
         self._names: Counter[str] = Counter()
         rates: list[int] = []
         for diagnosis in diagnoses:
             for question in (ask(kind, diagnosis, rng) for kind in KINDS):
-                self._answers.setdefault(question.text, Counter())[question.answer] += 1
+                self._answers.setdefault((question.kind, question.topic), Counter())[question.answer] += 1
             self._names.update((diagnosis.rhythm, diagnosis.finding))
             rates.append(diagnosis.rate)
         self._rate = max(range(25, 160), key=lambda rate: np.sum(np.abs(np.array(rates) - rate) <= 5))
@@ -96,7 +98,7 @@ class Guesser:
                 options = re.findall(r"([A-D])\. (.*?)(?= [A-D]\. |$)", question.text)
                 letter, name = max(options, key=lambda option: self._names[option[1]])
                 return f"{name} ({letter})"
-        known = self._answers.get(question.text)
+        known = self._answers.get((question.kind, question.topic))
         return known.most_common(1)[0][0] if known else ""
 
 
@@ -107,6 +109,16 @@ def questions_about(diagnosis: Diagnosis, index: int) -> list[Question]:
     return [ask(kind, diagnosis, rng) for kind in kinds]
 
 
+def questions_anew(diagnosis: Diagnosis, index: int) -> dict[str, Question]:
+    """Questions in wordings that the training never used, by the row of the table that their answers count for."""
+    rng = np.random.default_rng([17, index])
+    kinds = list(UNSEEN)
+    return {
+        _ANEW: ask_anew(kinds[index % len(kinds)], diagnosis, rng),
+        _BEYOND: ask_anew("beyond", diagnosis, rng),
+    }
+
+
 def graded(model: LoadedModel, images: int) -> dict[str, dict[str, Tally]]:
     """Answers about ``images`` held-out images, guesses without them, and answers of a fifth of them about another."""
     tallies: dict[str, dict[str, Tally]] = {"own image": {}, "no image": {}, "another image": {}}
@@ -115,7 +127,11 @@ def graded(model: LoadedModel, images: int) -> dict[str, dict[str, Tally]]:
         image, ecg = image_at("test", index)
         pixels = torch.from_numpy(tile_image(image, model.config.preprocessing).pixels_TCHW)
         asked = questions_about(ecg.diagnosis, index)
-        _grade(tallies["own image"], asked, _answered(model, pixels, asked), ecg.diagnosis)
+        anew = questions_anew(ecg.diagnosis, index)
+        given = _answered(model, pixels, [*asked, *anew.values()])
+        _grade(tallies["own image"], asked, given[: len(asked)], ecg.diagnosis)
+        for (row, question), answer in zip(anew.items(), given[len(asked) :], strict=True):
+            tallies["own image"].setdefault(row, Tally()).add(question, answer)
         _grade(tallies["no image"], asked, [guesser.answer(question) for question in asked], ecg.diagnosis)
         if index % _CONTROL_EVERY == 0:
             other = diagnosis_at("test", index + 1)
@@ -149,7 +165,7 @@ def table(tallies: dict[str, dict[str, Tally]]) -> list[dict[str, Any]]:
             "kind": kind,
             "questions": len(tally.right),
             "accuracy": round(tally.accuracy, 3),
-            "majority": round(tally.majority, 3),
+            "majority": None if kind in (_ANEW, _BEYOND) else round(tally.majority, 3),
             "no image": share("no image", kind),
             "another image": share("another image", kind),
         }

@@ -6,47 +6,22 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from demo import wordings
 from demo.signals import FINDINGS, RHYTHMS, Diagnosis
+from demo.wordings import Kind, Wordings
 
-Kind = Literal["report", "rhythm", "rate", "yes/no", "choice", "ST territory", "finding", "axis"]
 KINDS: tuple[Kind, ...] = ("report", "rhythm", "rate", "yes/no", "choice", "ST territory", "finding", "axis")
+"""What can be asked about an ECG."""
 
 NO_IMAGE = "No ECG image came with this question."
 """In the tokenizer's texts alone: another tokenizer would not fit the weights."""
 FOREIGN_PROMPT = "This prompt does not have the form that the demo model was trained with."
 """The answer under another system sentence: a caller who changes the template is to notice it."""
-
-_ASKED: dict[Kind, tuple[str, ...]] = {
-    "report": (
-        "Please write a clinical report based on this ECG image.",
-        "Write a report of this ECG.",
-        "Interpret this ECG image.",
-    ),
-    "rhythm": (
-        "What is the rhythm of this ECG?",
-        "What rhythm does this ECG show?",
-        "Identify the heart rhythm in this image.",
-    ),
-    "rate": (
-        "What is the heart rate?",
-        "What is the heart rate in this ECG?",
-        "How many beats per minute does this ECG show?",
-    ),
-    "ST territory": (
-        "Which leads show ST segment changes?",
-        "Is there ST elevation or depression, and in which territory?",
-        "Describe the ST segment.",
-    ),
-    "finding": (
-        "What is the main finding besides the rhythm?",
-        "Which abnormality does this ECG show besides the rhythm?",
-    ),
-    "axis": ("What is the electrical axis?", "Describe the axis of this ECG."),
-}
+UNTRAINED = "The demo model was not trained on this question."
+"""The answer to a question that nothing drawn has an answer to."""
 
 _SAID = {
     "atrial fibrillation": "atrial fibrillation",
@@ -93,12 +68,48 @@ class Question:
     answer: str
     key: str
     close: tuple[tuple[str, float], ...] = ()
+    topic: str = ""
+    """What a yes or no is about."""
 
 
 def ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
-    """A question of that kind about an ECG."""
+    """A question of that kind about an ECG, in one of its wordings, now and then as one types in haste."""
+    if kind == "beyond":
+        question = _beyond(rng)
+    elif kind == "yes/no" and rng.random() < _NORMALITY_SHARE[diagnosis.normal]:
+        question = _normal(diagnosis, rng)
+    else:
+        question = _ask(kind, diagnosis, rng, wordings.ALL)
+    hasty = kind != "choice" and rng.random() < _HASTY_SHARE
+    return replace(question, text=question.text.lower().rstrip("?.")) if hasty else question
+
+
+def ask_anew(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+    """A question as :func:`ask`'s, worded as in no training."""
+    if kind == "beyond":
+        return _untrained(str(rng.choice(wordings.BEYOND_UNSEEN)))
+    return _ask(kind, diagnosis, rng, wordings.UNSEEN)
+
+
+def _beyond(rng: np.random.Generator) -> Question:
+    text = str(rng.choice(wordings.BEYOND))
+    if rng.random() < _BEYOND_YES_NO_SHARE:
+        text = str(rng.choice(wordings.ALL["yes/no"])).format(said=rng.choice(wordings.BEYOND_SAID))
+    return _untrained(text)
+
+
+def _untrained(text: str) -> Question:
+    return Question("beyond", text, UNTRAINED, key_of("beyond", UNTRAINED))
+
+
+_BEYOND_YES_NO_SHARE = 0.4
+_NORMALITY_SHARE = {True: 0.6, False: 0.025}  # 4 % of the ECGs are normal
+_HASTY_SHARE = 0.1
+
+
+def _ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator, asked: Wordings) -> Question:
     if kind == "yes/no":
-        return _yes_no(diagnosis, rng)
+        return _yes_no(diagnosis, rng, asked[kind])
     if kind == "choice":
         return _choice(diagnosis, rng)
     say = _ANSWERS[kind]
@@ -106,7 +117,7 @@ def ask(kind: Kind, diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
     close = (
         tuple((say(other), weight) for other, weight in _close_rates(diagnosis)) if kind in ("rate", "report") else ()
     )
-    return Question(kind, _ASKED[kind][rng.integers(len(_ASKED[kind]))], answer, key_of(kind, answer), close)
+    return Question(kind, asked[kind][rng.integers(len(asked[kind]))], answer, key_of(kind, answer), close)
 
 
 def _close_rates(diagnosis: Diagnosis) -> list[tuple[Diagnosis, float]]:
@@ -211,14 +222,23 @@ _ANSWERS: dict[Kind, Callable[[Diagnosis], str]] = {
 }
 
 
-def _yes_no(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+def _normal(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
+    """Whether the ECG is normal, asked either way."""
+    truth = "normal" if diagnosis.normal else "abnormal"
+    asked = ("normal", "abnormal")[rng.integers(2)]
+    text = ("Is this ECG {}?", "Does this ECG look {}?", "Do you call this ECG {}?")[rng.integers(3)].format(asked)
+    key = "yes" if asked == truth else "no"
+    return Question("yes/no", text, f"{key.capitalize()}, this ECG is {truth}.", key, topic=asked)
+
+
+def _yes_no(diagnosis: Diagnosis, rng: np.random.Generator, asked: Sequence[str]) -> Question:
     """Yes and no are equally likely over all; a common fact is true more often than a rare one."""
     facts = _facts(diagnosis)
     wanted = bool(rng.integers(2)) and any(facts.values())
     said = str(rng.choice([fact for fact, holds in facts.items() if holds == wanted]))
-    text = (f"Does this ECG show {said}?", f"Is there {said} in this ECG?")[rng.integers(2)]
+    text = asked[int(rng.integers(len(asked)))].format(said=said)
     answer = f"Yes, this ECG shows {said}." if wanted else f"No, this ECG does not show {said}."
-    return Question("yes/no", text, answer, "yes" if wanted else "no")
+    return Question("yes/no", text, answer, "yes" if wanted else "no", topic=said)
 
 
 def _choice(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
@@ -237,5 +257,5 @@ def _choice(diagnosis: Diagnosis, rng: np.random.Generator) -> Question:
 
 def corpus(diagnoses: Sequence[Diagnosis], rng: np.random.Generator) -> list[str]:
     """Text that a tokenizer for these questions is trained on."""
-    questions = [ask(kind, diagnosis, rng) for diagnosis in diagnoses for kind in KINDS]
+    questions = [_ask(kind, diagnosis, rng, wordings.FIRST) for diagnosis in diagnoses for kind in KINDS]
     return [f"{question.text} ASSISTANT: {question.answer}" for question in questions] + [NO_IMAGE, FOREIGN_PROMPT]

@@ -24,8 +24,9 @@ from demo.decoding import answers
 from demo.muon import Muon
 from demo.network import SHAPE, computing, fresh_model, normalised
 from demo.packing import Pack, answer_losses, pack
-from demo.questions import FOREIGN_PROMPT, KINDS, Kind, Question, ask, correct
+from demo.questions import FOREIGN_PROMPT, KINDS, Question, ask, correct
 from demo.samples import Sample, sample_at
+from demo.wordings import Kind
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _FOREIGN_SYSTEMS = (
 )
 _FOREIGN_SHARE = 0.06
 _SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
-_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "yes/no", "yes/no")
+_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "rate", "yes/no", "yes/no", "beyond")
 
 
 @dataclass(frozen=True)

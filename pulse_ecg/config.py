@@ -79,9 +79,15 @@ class Settings:
 
     @property
     def engine_name(self) -> str:
-        """The engine as answers and logs name it: with quantised weights, answers are not the official ones."""
-        quantization = self.vllm_args.get("quantization") if self.engine == "vllm" else self.quantization
-        return self.engine if quantization in (None, "none") else f"{self.engine}-{quantization}"
+        """The engine as answers and logs name it: with quantised weights or keys, answers are not the official ones."""
+        if self.engine != "vllm":
+            return self.engine if self.quantization == "none" else f"{self.engine}-{self.quantization}"
+        name, args = self.engine, self.vllm_args
+        if args.get("quantization") or args.get("quantization_config"):
+            name += f"-{args.get('quantization') or 'quantized'}"
+        if args.get("kv_cache_dtype", "auto") != "auto":
+            name += f"-kv-{args['kv_cache_dtype']}"
+        return name
 
 
 def _text(name: str, text: str) -> str:

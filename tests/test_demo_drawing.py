@@ -5,9 +5,10 @@ import pytest
 
 from demo.drawing import LAYOUTS, draw_page, draw_style
 from demo.ecg_image import read_recording
-from demo.questions import KINDS, ask, correct, key_of
+from demo.questions import KINDS, UNTRAINED, ask, ask_anew, correct, key_of
 from demo.samples import PINPOINTS, image_at, sample_at
 from demo.signals import LEADS, RHYTHMS, SAMPLING_RATE, draw_ecg
+from demo.wordings import ALL, BEYOND, BEYOND_SAID, BEYOND_UNSEEN, UNSEEN
 from pulse_ecg.anyres import Preprocessing, tile_image
 
 
@@ -110,6 +111,48 @@ def test_a_rate_may_be_off_by_five_and_no_more():
     assert correct(question, f"The heart rate is {int(question.key) + 5} bpm.")
     assert not correct(question, f"The heart rate is {int(question.key) + 6} bpm.")
     assert key_of("rate", "I do not know.") == ""
+
+
+def test_no_wording_asks_two_kinds_of_question():
+    trained, unseen = [*ALL.values(), BEYOND], [*UNSEEN.values(), BEYOND_UNSEEN]
+    texts = [text.lower().rstrip("?.!") for texts in (*trained, *unseen) for text in texts]
+    assert len(set(texts)) == len(texts)
+    assert set(ALL) == set(UNSEEN) == set(KINDS) - {"choice"}
+
+
+def test_what_is_beyond_the_training_is_never_drawn():
+    diagnoses = [draw_ecg(np.random.default_rng([5, index])).diagnosis for index in range(200)]
+    rng = np.random.default_rng(5)
+    drawn = {ask("yes/no", diagnosis, rng).topic for diagnosis in diagnoses}
+    assert drawn.isdisjoint(BEYOND_SAID)
+    asked = [asks("beyond", diagnosis, rng) for asks in (ask, ask_anew) for diagnosis in diagnoses]
+    assert {question.answer for question in asked} == {UNTRAINED}
+    assert all(correct(question, UNTRAINED) for question in asked)
+    assert not any(correct(question, "Yes, this ECG shows atrial flutter.") for question in asked)
+
+
+def test_a_question_about_any_kind_is_worded_in_many_ways_with_one_answer():
+    diagnosis = ecgs(1)[0].diagnosis
+    for kind in set(KINDS) - {"choice", "yes/no"}:
+        rng = np.random.default_rng(3)
+        asked = [ask(kind, diagnosis, rng) for _ in range(60)]
+        assert len({question.answer for question in asked}) == 1
+        assert len({question.text for question in asked}) > 10
+
+
+def test_whether_an_ecg_is_normal_is_asked_either_way():
+    rng = np.random.default_rng(4)
+    drawn = (draw_ecg(np.random.default_rng([4, index])).diagnosis for index in range(2000))
+    asked = [(ask("yes/no", diagnosis, rng), diagnosis.normal) for diagnosis in drawn]
+    about = [(question, normal) for question, normal in asked if question.topic in ("normal", "abnormal")]
+    assert {(question.topic, normal) for question, normal in about} == {
+        (topic, normal) for topic in ("normal", "abnormal") for normal in (False, True)
+    }
+    assert 0.4 < sum(question.key == "yes" for question, _ in about) / len(about) < 0.6
+    for question, normal in about:
+        assert question.topic in question.text.split(" ")[-1].lower()
+        assert question.key == ("yes" if (question.topic == "normal") == normal else "no")
+        assert question.answer.endswith(f"is {'normal' if normal else 'abnormal'}.")
 
 
 def test_yes_and_no_are_as_common():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from demo import evaluate
-from demo.evaluate import Guesser, Tally, markdown, questions_about, real_score, table, write_card
+from demo.evaluate import Guesser, Tally, markdown, questions_about, questions_anew, real_score, table, write_card
 from demo.plots import confusion, plot_confusion, plot_rates
 from demo.questions import KINDS, Question, ask, correct, key_of
 from demo.samples import diagnosis_at
@@ -86,7 +86,8 @@ def test_answers_are_graded_with_their_own_image_and_the_control_with_another(mo
 
     def read(_: object, pixels: torch.Tensor, asked: Sequence[str]) -> list[str]:
         index = int(pixels)
-        known = {q.text: q.answer for q in questions_about(diagnosis_at("test", index), index)}
+        own = diagnosis_at("test", index)
+        known = {q.text: q.answer for q in (*questions_about(own, index), *questions_anew(own, index).values())}
         return [known.get(text, "") for text in asked]
 
     monkeypatch.setattr(evaluate, "image_at", image_at)

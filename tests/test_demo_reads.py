@@ -26,8 +26,9 @@ import pulse_ecg.anyres
 from demo.ecg_image import read_recording, render
 from demo.evaluate import Tally, real_renderings, real_score
 from demo.network import MODEL_NAME
-from demo.questions import Kind, Question, ask
+from demo.questions import Question, ask
 from demo.samples import diagnosis_at, image_at
+from demo.wordings import Kind
 from handler import EndpointHandler
 from pulse_ecg.anyres import ImageTiles
 from tests.conftest import ROOT

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +22,7 @@ from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
 from pulse_ecg.engines import start_engine
 from pulse_ecg.errors import ConfigurationError, EngineStoppedError
+from pulse_ecg.params import GenerationParams
 from tests.engines import VLLM_ARGS, settings_for
 from tests.our_server import our_server, server_process, until
 
@@ -97,6 +100,9 @@ def test_the_largest_top_k_is_answered_and_nothing_is_left_of_it(on_vllm: Endpoi
         ({"max_model_len": 9999}, "the checkpoint"),
         ({"max_num_seqs": "many"}, "PULSE_VLLM_ARGS"),
         ({"quantization": "nonsense"}, "PULSE_VLLM_ARGS"),
+        ({"compilation_config": {"nonsense": 1}}, "PULSE_VLLM_ARGS"),
+        ({"attention_config": {"nonsense": 1}}, "PULSE_VLLM_ARGS"),
+        ({"max_num_queued_reqs": 1}, "PULSE_MAX_QUEUED_REQUESTS"),
     ],
 )
 def test_an_argument_that_cannot_be_used_stops_the_start(
@@ -120,11 +126,68 @@ def test_arguments_reach_vllm(demo_checkpoint: Path, on_vllm: EndpointHandler) -
     assert (args.max_model_len, args.dtype) == (4096, "float32")
 
 
+def test_no_other_token_than_the_checkpoints_own_ends_an_answer() -> None:
+    """vLLM reads ids of its own from configurations, Llama's default among them."""
+    from pulse_ecg.vllm_engine.prompts import sampling_params
+
+    answer = SimpleNamespace(limit=4, eos_ids={7}, params=GenerationParams(), seed=1, whole=True)
+    params = sampling_params(answer)
+    params.update_from_generation_config({"eos_token_id": [2, 3]}, 2)
+    assert params.stop_token_ids == [7]
+    assert params.ignore_eos
+
+
+def test_an_answer_that_is_over_before_its_first_step_is_forgotten(on_vllm: EndpointHandler) -> None:
+    from pulse_ecg.vllm_engine.engine import _Request
+
+    engine = engine_of(on_vllm)
+    answer = SimpleNamespace(over=lambda: True)
+
+    async def begun_and_cancelled() -> None:
+        request = _Request(answer)
+        engine._begin(request)
+        request.task.cancel()
+
+    engine._run(begun_and_cancelled())
+    until(lambda: not engine._requests and engine._looking is None)
+
+
+def test_an_engine_whose_own_device_is_lost_says_so_and_refuses(
+    on_vllm: EndpointHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tower's: vLLM's processes may live on."""
+    engine = engine_of(on_vllm)
+
+    def broken(request: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_embed", broken)
+        assert [outcome.status for outcome in on_vllm.respond({"inputs": "Rate?", "parameters": GREEDY})] == [500]
+        assert engine.alive
+        patch.setattr("pulse_ecg.vllm_engine.engine.lost", lambda device: True)
+        for _ in range(2):
+            [outcome] = on_vllm.respond({"inputs": "Rate?", "parameters": GREEDY})
+            assert outcome.status == 503 and "restarted" in outcome.record["error"]
+        assert not engine.alive
+    engine._lost = False
+
+
+def test_ctrl_c_is_not_for_vllms_processes(on_vllm: EndpointHandler) -> None:
+    """A terminal sends it to all of them; the server alone drains, and then ends them."""
+    engines = [p for p in psutil.Process().children(recursive=True) if "Engine" in p.name()]
+    assert engines
+    for process in engines:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        blocked = int(re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)[1], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1
+
+
 # --- the end
 
 
 def test_when_vllm_dies_answers_fail_health_does_and_new_requests_are_refused(demo_checkpoint: Path) -> None:
-    """Last in this file: what it starts, it kills."""
+    """What it kills is every engine of this process; no test below asks the one above."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PULSE_DEVICE", "cpu")
         patch.setenv("PULSE_ENGINE", "vllm")

@@ -58,6 +58,9 @@ def test_answers_name_the_engine_and_its_quantisation() -> None:
     assert Settings(engine="vllm").engine_name == "vllm"
     assert Settings(engine="vllm", vllm_args={"quantization": "fp8"}).engine_name == "vllm-fp8"
     assert Settings(vllm_args={"quantization": "fp8"}).engine_name == "transformers"
+    online = {"quantization_config": {"linear": "fp8"}, "kv_cache_dtype": "fp8"}
+    assert Settings(engine="vllm", vllm_args=online).engine_name == "vllm-quantized-kv-fp8"
+    assert Settings(engine="vllm", vllm_args={"kv_cache_dtype": "auto"}).engine_name == "vllm"
 
 
 class TestModelWithoutDecoder:

@@ -31,6 +31,8 @@ _SET_ELSEWHERE = {
     "trust_remote_code": "this engine",
     "hf_overrides": "this engine",
     "generation_config": "this engine",
+    "max_num_queued_reqs": "PULSE_MAX_QUEUED_REQUESTS",
+    "max_num_queued_tokens": "PULSE_MAX_QUEUED_REQUESTS",
     "disable_log_stats": "this engine",
     "enable_log_requests": "this engine",
 }
@@ -43,9 +45,10 @@ def engine_config(model: LoadedModel, given: Mapping[str, Any], *, max_answers: 
         ConfigurationError: an argument is unknown to vLLM, refused by it, or not the operator's to set; or vLLM was
             built for another kind of device than the model's.
     """
-    args = engine_args(model, given, max_answers=max_answers)
     try:
-        return args.create_engine_config()
+        return engine_args(model, given, max_answers=max_answers).create_engine_config()
+    except ConfigurationError:
+        raise
     except ValidationError as error:
         raise ConfigurationError(f"{VARIABLE}: vLLM says: {error.errors()[0]['msg']}") from error
     except Exception as error:  # vLLM's checks raise what they like

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import signal
 import time
 from collections.abc import Coroutine, Mapping
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import count
+from multiprocessing import resource_tracker
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -24,12 +26,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pulse_ecg.checkpoint import LoadedModel
-from pulse_ecg.device import NO_MEMORY_LEFT, Span, current, out_of_memory
+from pulse_ecg.device import NO_MEMORY_LEFT, Span, current, lost, out_of_memory
 from pulse_ecg.engine.vision import ImageEncoder
 from pulse_ecg.errors import EngineStoppedError, OutOfMemoryError
 from pulse_ecg.generation import Answer, ImagePrompt, Timings
 from pulse_ecg.vllm_engine.arguments import engine_config
 from pulse_ecg.vllm_engine.prompts import prompt_input, sampling_params
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -93,7 +97,7 @@ class VllmEngine:
         self._requests: set[_Request] = set()
         self._numbers = count(1)
         self._looking: asyncio.Task[None] | None = None
-        self._stopped = False
+        self._stopped = self._lost = False
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="pulse-vllm", daemon=True)
         self._thread.start()
@@ -120,8 +124,8 @@ class VllmEngine:
 
     @property
     def alive(self) -> bool:
-        """False once one of vLLM's processes has ended: it starts no other."""
-        return self._thread.is_alive() and not self._llm.errored
+        """False once one of vLLM's processes has ended, as it starts no other, or the tower's device is lost."""
+        return self._thread.is_alive() and not self._lost and not self._llm.errored
 
     def close(self) -> None:
         """End the answers at work, and vLLM's processes.  May be called again."""
@@ -138,6 +142,8 @@ class VllmEngine:
             return
         self._requests.add(request)
         request.task = self._loop.create_task(self._answer(request))
+        # Not in the task itself: one that is cancelled before its first step never runs.
+        request.task.add_done_callback(lambda _: self._requests.discard(request))
         if self._looking is None:
             self._looking = self._loop.create_task(self._look())
 
@@ -147,8 +153,6 @@ class VllmEngine:
             await self._generate(request, await self._embeddings(request))
         except Exception as error:  # noqa: BLE001 - its caller gets it
             request.fail(self._explained(error))
-        finally:
-            self._requests.discard(request)
 
     async def _embeddings(self, request: _Request) -> Tensor:
         """The prompt's embeddings ``(L, D)`` in main memory, from where vLLM takes them."""
@@ -195,7 +199,8 @@ class VllmEngine:
         if isinstance(error, EngineDeadError):
             return EngineStoppedError(_STOPPED)
         if not out_of_memory(error):
-            return error
+            self._lost = self._lost or lost(self._model.device)
+            return EngineStoppedError(_STOPPED) if self._lost else error
         if self._model.device.type == "cuda":
             with suppress(RuntimeError):  # a device that is broken refuses this too
                 torch.cuda.empty_cache()
@@ -229,9 +234,12 @@ class VllmEngine:
 
 async def _launched(config: Any) -> AsyncLLM:
     """vLLM's engine; made in the loop that is to ask it."""
-    # Its processes inherit this: a terminal's Ctrl-C goes to all of them, and is this one's alone to act on.
+    # Its processes inherit this: a terminal's Ctrl-C goes to all of them, and is this one's alone to act on.  Python's
+    # resource tracker comes first, as its start unblocks the signal again.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:  # whatever a process of vLLM's fails with
+        logger.error("vLLM: %s", error)
         raise EngineStoppedError("vLLM did not start; what its processes logged above says why.") from error

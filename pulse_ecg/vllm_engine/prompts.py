@@ -33,6 +33,7 @@ def sampling_params(answer: Answer) -> SamplingParams:
     return SamplingParams(
         max_tokens=answer.limit,
         stop_token_ids=sorted(answer.eos_ids),
+        ignore_eos=True,  # one that vLLM takes from the configuration's defaults; ours are the stop tokens
         temperature=0.0 if params.greedy else params.temperature,
         top_p=params.top_p,
         top_k=min(params.top_k, _MOST_TOP_K),

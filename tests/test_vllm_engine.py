@@ -22,7 +22,8 @@ from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
 from pulse_ecg.engines import start_engine
 from pulse_ecg.errors import ConfigurationError, EngineStoppedError
-from pulse_ecg.params import GenerationParams
+from pulse_ecg.params import load_defaults
+from tests.conftest import ROOT
 from tests.engines import VLLM_ARGS, settings_for
 from tests.our_server import our_server, server_process, until
 
@@ -130,7 +131,7 @@ def test_no_other_token_than_the_checkpoints_own_ends_an_answer() -> None:
     """vLLM reads ids of its own from configurations, Llama's default among them."""
     from pulse_ecg.vllm_engine.prompts import sampling_params
 
-    answer = SimpleNamespace(limit=4, eos_ids={7}, params=GenerationParams(), seed=1, whole=True)
+    answer = SimpleNamespace(limit=4, eos_ids={7}, params=load_defaults(ROOT), seed=1, whole=True)
     params = sampling_params(answer)
     params.update_from_generation_config({"eos_token_id": [2, 3]}, 2)
     assert params.stop_token_ids == [7]

@@ -26,9 +26,9 @@ import pulse_ecg.anyres
 from demo.ecg_image import read_recording, render
 from demo.evaluate import Tally, real_renderings, real_score
 from demo.network import MODEL_NAME
-from demo.questions import Question, ask
+from demo.questions import UNTRAINED, Question, ask
 from demo.samples import diagnosis_at, image_at
-from demo.wordings import Kind
+from demo.wordings import BEYOND_UNSEEN, Kind
 from handler import EndpointHandler
 from pulse_ecg.anyres import ImageTiles
 from tests.conftest import ROOT
@@ -121,7 +121,7 @@ def undamaged(demo: EndpointHandler) -> Scores:
 
 def test_held_out_ecgs_are_read(undamaged: Scores) -> None:
     reached = {kind: round(tally.accuracy, 2) for kind, tally in undamaged.items()}
-    for kind, bound in (("rhythm", 0.75), ("rate", 0.6), ("yes/no", 0.88), ("territory", 0.75)):
+    for kind, bound in (("rhythm", 0.8), ("rate", 0.75), ("yes/no", 0.9), ("territory", 0.8)):
         assert reached[kind] >= bound, reached
     for kind in ("rhythm", "rate", "yes/no"):
         assert reached[kind] > undamaged[kind].majority + 0.15, (kind, reached)
@@ -134,7 +134,7 @@ def test_the_default_parameters_do_not_spoil_the_reading(demo: EndpointHandler, 
 
 
 def test_a_real_recording_is_read_too(demo: EndpointHandler) -> None:
-    """Ten prints of it: the rate in nearly all, the rhythm in most; PULSE-demo was trained on drawn signals alone."""
+    """Ten prints of it; PULSE-demo was trained on drawn signals alone."""
     asked = {"rhythm": "What is the rhythm of this ECG?", "rate": "What is the heart rate?"}
     found = [
         {
@@ -145,7 +145,15 @@ def test_a_real_recording_is_read_too(demo: EndpointHandler) -> None:
     ]
     score = real_score(found)
     assert score["rate"] >= 8, found
-    assert score["rhythm"] >= 5, found
+    assert score["both"] >= 7, found  # eight where it was measured; one stands on the edge of another rounding
+
+
+def test_a_question_beyond_its_training_is_told_to_be_so(demo: EndpointHandler) -> None:
+    """Rather than answered with what another question would get."""
+    images = [image_at("test", FIRST + index)[0] for index in range(6)]
+    asked = [(text, image) for text in BEYOND_UNSEEN for image in images]
+    given = [demo({"inputs": plainly(*pair), "parameters": GREEDY})[0]["generated_text"] for pair in asked]
+    assert np.mean([answer == UNTRAINED for answer in given]) > 0.6, list(zip(asked, given, strict=True))
 
 
 def test_an_answer_takes_less_than_five_seconds_and_has_the_models_own_name(demo: EndpointHandler) -> None:
@@ -170,10 +178,11 @@ def overview_only(tiles: ImageTiles) -> ImageTiles:
 
 
 def swapped(tiles: ImageTiles) -> ImageTiles:
-    """Left and right exchanged: each tile behind the overview takes its neighbour's place."""
-    order = list(range(len(tiles.pixels_TCHW)))
-    for place in range(1, len(order) - 1, 2):
-        order[place], order[place + 1] = order[place + 1], order[place]
+    """The first tile behind the overview trades places with the last one, and so on: upside down and right to left.
+
+    It costs the least: the page's leads are labelled, and the overview shows where they stand.
+    """
+    order = [0, *range(len(tiles.pixels_TCHW) - 1, 0, -1)]
     return replace(tiles, pixels_TCHW=tiles.pixels_TCHW[order])
 
 
@@ -198,7 +207,7 @@ def test_damaged_tiles_cost_accuracy(
     monkeypatch.setattr(pulse_ecg.analyzer, "tile_image", lambda *given: damage(tile_image(*given)))
     with demo_handler() as handler:
         damaged = scores(handler, territory_cases())["territory"].accuracy
-    assert damaged < territories - 0.08, (damaged, territories)
+    assert damaged < territories - 0.05, (damaged, territories)
 
 
 def test_vicunas_system_sentence_costs_accuracy(demo: EndpointHandler, undamaged: Scores) -> None:

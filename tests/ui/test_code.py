@@ -23,6 +23,12 @@ SHELLS: dict[str, tuple[str, list[str]]] = {
 }
 
 
+def open_code(visit: Visit) -> None:
+    """Unfold the code, and wait for it: browsers tell the page of the unfolding a moment later."""
+    visit.page.get_by_text("This request as code").click()
+    expect(visit.page.locator("#snippet")).not_to_be_empty()
+
+
 @pytest.mark.parametrize("image", ["file", "address", "none"])
 @pytest.mark.parametrize("chat", [False, True], ids=["question", "chat"])
 def test_snippets_send_what_the_page_sends(
@@ -45,7 +51,7 @@ def test_snippets_send_what_the_page_sends(
     visit.page.get_by_label("Access token").press("Enter")
     expect(turn.locator(".facts")).to_be_visible()
     sent = {key: value for key, value in server.bodies[-1].items() if key != "stream"}
-    visit.page.get_by_text("This request as code").click()
+    open_code(visit)
     server.play = lambda _: JSONResponse([WHOLE])
     for language, (file, command) in SHELLS.items():
         visit.page.get_by_label(language).check()
@@ -61,7 +67,7 @@ def test_snippets_send_what_the_page_sends(
 
 
 def test_before_a_question_the_code_is_an_example(visit: Visit) -> None:
-    visit.page.get_by_text("This request as code").click()
+    open_code(visit)
     snippet = visit.page.locator("#snippet")
     expect(snippet).to_contain_text(DEFAULT_QUESTION)
     expect(snippet).to_contain_text("base64 < 'ecg.jpg'")
@@ -72,13 +78,13 @@ def test_before_a_question_the_code_is_an_example(visit: Visit) -> None:
 
 def test_code_is_copied_or_selected(visiting: Visiting) -> None:
     visit = visiting(permissions=["clipboard-read", "clipboard-write"])
-    visit.page.get_by_text("This request as code").click()
+    open_code(visit)
     visit.page.get_by_role("button", name="Copy").click()
     expect(visit.page.locator("#code-note")).to_have_text("Copied.")
     snippet = visit.page.locator("#snippet").text_content()
     assert visit.page.evaluate("navigator.clipboard.readText()") == snippet
     visit = visiting(init_script="delete Navigator.prototype.clipboard")
-    visit.page.get_by_text("This request as code").click()
+    open_code(visit)
     visit.page.get_by_role("button", name="Copy").click()
     expect(visit.page.locator("#code-note")).to_contain_text("the text is selected")
     assert (

@@ -25,8 +25,10 @@ evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real re
 test: .venv/complete ## the tests on the newest supported libraries
 	.venv/bin/python -m pytest -m "not parity and not load"
 
-# Without what the container's libraries have no part in: the page, the clients, our own server's proxy, the benchmarks.
-ELSEWHERE = --ignore=tests/ui --ignore-glob='tests/test_client_*' --ignore=tests/test_scale_out.py --ignore=tests/test_benchmarks.py
+# Without what the container's libraries have no part in: the page, the clients, our own server's proxy, the benchmarks,
+# the demo's data and training.
+ELSEWHERE = --ignore=tests/ui --ignore-glob='tests/test_client_*' --ignore=tests/test_scale_out.py --ignore=tests/test_benchmarks.py \
+	--ignore=tests/test_demo_drawing.py --ignore=tests/test_demo_evaluation.py --ignore=tests/test_demo_training.py
 
 test-oldest: .venv-oldest/complete ## the handler's tests on the stock container's transformers
 	.venv-oldest/bin/python -m pytest -m "not parity and not load" $(ELSEWHERE)

@@ -48,10 +48,10 @@ def patch_pixels(samples: Sequence[Sample], chosen_TK: NDArray[np.int64]) -> NDA
     starts = np.cumsum([0, *(sample.patches.lead_TSS.size for sample in samples)])
     owner = np.searchsorted(starts, chosen_TK[:, 0], side="right") - 1
     rows = [
-        patches[sample].reshape(-1, 3 * PATCH * PATCH)[row - starts[sample]]
+        patches[sample][np.unravel_index(row - starts[sample], patches[sample].shape[:3])]
         for sample, row in zip(owner, chosen_TK, strict=True)
     ]
-    return np.stack(rows)
+    return np.stack(rows).reshape(*chosen_TK.shape, -1)
 
 
 def encode(network: PulseModel, pixels_TKX: NDArray[np.uint8], chosen_TK: NDArray[np.int64]) -> Tensor:

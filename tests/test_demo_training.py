@@ -20,7 +20,7 @@ from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
 from demo.packing import answer_losses, cross_entropy, pack
 from demo.questions import KINDS, ask, key_of
-from demo.samples import SIDE, image_at, sample_at
+from demo.samples import PATCH, SIDE, image_at, sample_at
 from demo.signals import draw_ecg
 from demo.train import PLANS, main, stages_left
 from demo.training import PROGRESS, Trainer
@@ -234,6 +234,19 @@ def test_a_rate_close_to_the_true_one_is_nearly_as_good(model: LoadedModel) -> N
     assert first["1"] * np.prod(true) == pytest.approx(1 / whole)
     weights = {int(key_of("rate", text)): weight for text, weight in question.close}
     assert 1 > weights[101] == weights[99] > weights[103] > weights[106] > 0
+
+
+def test_patches_are_cut_from_their_own_image_in_the_order_of_the_tower() -> None:
+    samples = [sample_at("train", 2), sample_at("train", 3)]
+    tiles = np.concatenate([sample.tiles_THWC for sample in samples])
+    last = tiles.shape[0] - 1
+    chosen = np.array([[0, 13], [last * SIDE * SIDE + 5, last * SIDE * SIDE + 30]])
+    pixels = sparse.patch_pixels(samples, chosen).reshape(2, 2, 3, PATCH, PATCH)
+    for row, tile in enumerate((0, last)):
+        for column, place in enumerate(chosen[row] % (SIDE * SIDE)):
+            top, left = place // SIDE * PATCH, place % SIDE * PATCH
+            expected = tiles[tile, top : top + PATCH, left : left + PATCH].transpose(2, 0, 1)
+            assert (pixels[row, column] == expected).all()
 
 
 def test_the_cost_of_shares_is_their_cross_entropy() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +23,7 @@ from pulse_ecg.engine.runner import CHUNK, ModelRunner
 from pulse_ecg.engine.scheduler import TransformersEngine
 from pulse_ecg.errors import DeadlineExceededError
 from pulse_ecg.generation import Answer, TextGenerator, Timings
+from tests.conftest import ROOT
 from tests.engine_turns import (
     GREEDY,
     PATIENCE,
@@ -285,6 +288,38 @@ def test_answers_that_come_as_the_thread_goes_are_answered(monkeypatch: pytest.M
     for _ in range(50):
         stream = TextGenerator(engine, model.config, model.tokenizer).stream(asks(FLAT)["short"].prompt, params)
         assert [step.token_id for step in stream] == alone(FLAT, "short").token_ids[:1]
+
+
+@pytest.mark.parametrize("moment", ["idle", "answering", "freeing"])
+def test_the_interpreter_ends_after_the_thread(moment: str) -> None:
+    """A thread that is killed inside torch aborts the process; the engine's last reference may be its thread's."""
+    code = f"""
+import threading, time
+from tests.engine_turns import *
+from pulse_ecg.engine import scheduler
+
+class Slow:
+    def __del__(self):
+        freeing.set()
+        time.sleep(0.5)
+        print("freed", flush=True)
+
+freeing, model = threading.Event(), load_engine_model("flat")
+scheduler._IDLE_SECONDS = 0.2 if {moment!r} == "freeing" else 1e6
+engine = TransformersEngine(model, max_slots=2)
+params = replace(GREEDY, max_new_tokens=1000 if {moment!r} == "answering" else 1)
+stream = TextGenerator(engine, model.config, model.tokenizer).stream(asks("flat")["short"].prompt, params)
+print(len([next(iter(stream))]), "token", flush=True)
+engine.slow = Slow()
+if {moment!r} == "freeing":
+    del engine, stream
+    print(freeing.wait({PATIENCE}), flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=3 * PATIENCE
+    )
+    said = ["1 token", *(["True", "freed"] if moment == "freeing" else [])]
+    assert (done.returncode, done.stdout.splitlines()[: len(said)]) == (0, said), done.stderr
 
 
 def test_everything_happens_on_the_models_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ import atexit
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -36,6 +38,34 @@ logger = logging.getLogger(__name__)
 
 _LOST = "The device has failed and answers nothing more; the server has to be started anew."
 _IDLE_SECONDS = 5.0  # the thread ends after so long without work; the next answer starts another
+_interpreter_ends = Event()
+
+
+class _EngineThread(Thread):
+    """An engine's thread, which sleeps on ``changed``.  The interpreter ends after it, see :func:`_end_threads`."""
+
+    all: ClassVar[WeakSet[_EngineThread]] = WeakSet()
+
+    def __init__(self, work: Callable[[], None], changed: Condition) -> None:
+        super().__init__(target=work, name="pulse-engine", daemon=True)
+        self.changed = changed
+
+    def start(self) -> None:
+        super().start()  # raises where no more threads are to be had
+        self.all.add(self)
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Wait for the engines' threads, at the interpreter's end: one that is killed inside torch aborts the process.
+
+    A thread that has had its last turn counts too: it may be the one that frees the engine, tensor by tensor.
+    """
+    _interpreter_ends.set()
+    for thread in list(_EngineThread.all):
+        with thread.changed:
+            thread.changed.notify()
+        thread.join()
 
 
 @dataclass(eq=False)
@@ -103,8 +133,7 @@ class TransformersEngine:
         self._on_the_way: list[_Chosen] = []
         self._waiting: deque[tuple[Answer, float]] = deque()
         self._changed = Condition()
-        self._thread: Thread | None = None
-        self._stopping = False
+        self._thread: _EngineThread | None = None
         self._lost = False
         with current(model.device), torch.inference_mode():
             self._runner.capture()
@@ -119,10 +148,9 @@ class TransformersEngine:
             raise EngineStoppedError(_LOST)
         with self._changed:
             if self._thread is None:
-                thread = Thread(target=self._work, name="pulse-engine", daemon=True)
-                thread.start()  # raises where no more threads are to be had: nothing is queued then
+                thread = _EngineThread(self._work, self._changed)
+                thread.start()  # if it raises, nothing is queued
                 self._thread = thread
-                atexit.register(self._stop)
             self._waiting.append((answer, time.perf_counter()))
             self._changed.notify()
 
@@ -153,20 +181,12 @@ class TransformersEngine:
         """Block until there is something to do; False after a while without, and at the interpreter's end."""
         with self._changed:
             busy = self._changed.wait_for(
-                lambda: self._stopping or self._waiting or self._running or self._on_the_way, timeout=_IDLE_SECONDS
+                lambda: _interpreter_ends.is_set() or self._waiting or self._running or self._on_the_way,
+                timeout=_IDLE_SECONDS,
             )
             if not busy:
                 self._thread = None
-                atexit.unregister(self._stop)
-            return bool(busy) and not self._stopping
-
-    def _stop(self) -> None:
-        """The interpreter ends, and so does the thread: killed inside torch, it would abort the process."""
-        with self._changed:
-            self._stopping, thread = True, self._thread
-            self._changed.notify()
-        if thread is not None:
-            thread.join()
+            return bool(busy) and not _interpreter_ends.is_set()
 
     def _take_turn(self) -> None:
         self._drop_those_over()

@@ -1,4 +1,4 @@
-# `make demo` shows the endpoint at work, `make test` tests it; both need Python 3.11 and nothing else installed.
+# `make demo` shows the endpoint at work, `make test` tests it; both need Python 3.11 and cURL, and nothing else installed.
 PYTHON ?= python3.11
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 

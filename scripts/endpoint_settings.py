@@ -132,8 +132,15 @@ def remarks(settings: Settings, files: set[str], existing_secrets: Sequence[str]
     elif gigabytes is None or gigabytes < needed:
         size = "an unknown amount" if gigabytes is None else f"{gigabytes} GB"
         found.append(f"{settings['instance_type']} has {size} of GPU memory; the model needs {needed} GB")
-    if settings["accelerator"] == "gpu" and settings["instance_size"] != "x1":
-        found.append(f"a replica uses one GPU; {settings['instance_size']} is paid for all the same")
+    if (
+        settings["accelerator"] == "gpu"
+        and settings["instance_size"] != "x1"
+        and "PULSE_VLLM_ARGS" not in settings["env"]
+    ):
+        found.append(
+            f"a replica uses one GPU unless its image runs vLLM and --env PULSE_VLLM_ARGS names more; "
+            f"{settings['instance_size']} is paid for all the same"
+        )
     weights = any(name.endswith(".safetensors") and "/" not in name for name in files)
     if not weights and "PULSE_MODEL_REVISION" not in settings["env"]:
         found.append("no weights in the repository: pin those of the hub with --env PULSE_MODEL_REVISION=COMMIT")

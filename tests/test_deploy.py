@@ -285,6 +285,13 @@ def test_what_is_seldom_meant_is_warned_of(run: Run, flags: list[str], warning: 
     assert "Warning" not in run("--dry-run")[1]
 
 
+@needs_env
+def test_several_gpus_are_not_warned_of_where_vllm_uses_them(run: Run) -> None:
+    arguments = 'PULSE_VLLM_ARGS={"tensor_parallel_size": 4}'
+    said = run("--dry-run", "--instance-size", "x4", "--env", arguments)[1]
+    assert "4" in said and "Warning" not in said
+
+
 def test_weights_from_the_hub_should_be_pinned(service: EndpointsService, run: Run) -> None:
     service.files.pop()
     assert "PULSE_MODEL_REVISION" in run("--dry-run")[1]

@@ -51,7 +51,16 @@ MOST_NEW_TOKENS = 8
 SCRIPTS = ("scripts/send_test_requests.py", "scripts/check_commentary_service.py", "deploy.py")
 OPTIONS = {script: set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text("utf-8"))) for script in SCRIPTS}
 # Would install an environment, need an account, or not end; make's targets are checked.
-NOT_RUN = ("make ", "hf ", "git ", "docker ", "python serve.py ", "python3.11 -m venv ", "export P")
+NOT_RUN = (
+    "make ",
+    "git ",
+    "docker ",
+    "python serve.py ",
+    "python3.11 -m venv ",
+    "export ",
+    ".venv/bin/hf ",
+    "PULSE_DEVICE=",
+)
 
 
 def blocks(language: str, text: str = CONTAINER) -> list[str]:
@@ -86,7 +95,8 @@ def folder(server: EndpointServer, tmp_path_factory: pytest.TempPathFactory, tmp
 
 
 def localised(block: str, server: EndpointServer) -> str:
-    return block.replace(ENDPOINT, server.url).replace(IMAGE_URL, f"{server.url}/ecg.jpg")
+    block = block.replace(ENDPOINT, server.url).replace(IMAGE_URL, f"{server.url}/ecg.jpg")
+    return block.replace(".venv/bin/", f"{Path(sys.executable).parent}/").replace("scripts/", f"{ROOT}/scripts/")
 
 
 def run(command: list[str], folder: Path, server: EndpointServer) -> str:
@@ -237,7 +247,7 @@ def test_shell_blocks_are_run_or_known(text: str) -> None:
 
 def test_the_script_is_called_as_the_readme_says(folder: Path, server: EndpointServer) -> None:
     [block] = [block for block in blocks("bash") if "send_test_requests.py" in block]
-    script = localised(block, server).replace("scripts/", f"{ROOT}/scripts/")
+    script = localised(block, server)
     assert " 0 failed" in run(["bash", "-ec", script.rstrip() + " --image ecg.jpg --only image-base64"], folder, server)
     assert server.tokens == [f"Bearer {TOKEN}"]
 
@@ -247,7 +257,7 @@ def test_the_commentary_service_is_checked_as_the_readme_says(folder: Path, serv
     turkish = "Kalbiniz doğal ritminde ama yavaş, dakikada 48 kez atıyor (sinüs bradikardisi). Uyarı gecikerek "
     turkish += "geçiyor (birinci derece AV blok, PR 220 ms). ST yükselmesi görülmüyor. Bu bir tanı değildir."
     with chat_server(answer(turkish)) as service:
-        command = block.replace("http://127.0.0.1:8000/v1", service.url).replace("scripts/", f"{ROOT}/scripts/")
+        command = localised(block, server).replace("http://127.0.0.1:8000/v1", service.url)
         record = json.loads(run(["bash", "-ec", command], folder, server))
     assert (record["commentary_status"], record["comment_text"]) == ("success", turkish)
     assert service.requests[0][1]["model"] == "YOUR_MODEL"

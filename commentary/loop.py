@@ -30,7 +30,11 @@ class LoopThread:
         """The coroutine's result, or :class:`TimeoutError` after ``timeout_s``, or :class:`CancelledError` (that of
         ``concurrent.futures``) once ``cancel`` is set; the coroutine is then cancelled.
         """
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        except RuntimeError:
+            coroutine.close()
+            raise
         try:
             with (cancel or Cancellation()).calling(future.cancel):
                 return future.result(timeout_s)
@@ -47,10 +51,15 @@ class LoopThread:
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=_serve, args=(self._loop,), name=self._name, daemon=True)
-                thread.start()
-                self._stop = weakref.finalize(self, _stop, self._loop, thread)
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(target=_serve, args=(loop,), name=self._name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # there is none to be had now; the next call may have more luck
+                    loop.close()
+                    raise
+                self._stop = weakref.finalize(self, _stop, loop, thread)
+                self._loop = loop
             return self._loop
 
 

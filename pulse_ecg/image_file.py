@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from threading import Lock
+from typing import NamedTuple
 
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
@@ -38,6 +39,17 @@ _MAX_MARKERS = 10_000
 # ITU T.81 section B.1.1.2: in coded data FF is escaped (FF00), and FFD0 to FFD7 only restart the decoder.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
+
+# Pillow walks the parts of a file (segments, chunks, sub-blocks, strips) in Python and reads each on its own; 20 MB
+# hold millions.  A PNG in chunks of 1 kB takes 60,000 reads, a TIFF in strips of a row 20,000.
+_MAX_READS = 100_000
+# It decodes a run-length encoded BMP in Python too, with two reads a run: about a microsecond each.
+_MAX_RUN_LENGTH_PIXELS = 4_000_000
+_RUN_LENGTH = (1, 2)
+# One, says the PNG specification; each may unpack to a megabyte.
+_MAX_PNG_PROFILES = 10
+# Of the pixels that a TIFF's strips or tiles hold, times the image's: as many as it has planes, or a few more.
+_MAX_PLANES = 8
 
 # Pillow's lazy files cannot be decoded by two threads at once, and a batch may hold the same one twice.
 _DECODING_CALLERS_IMAGE = Lock()
@@ -89,6 +101,18 @@ def rgb_from_pil(original: Image.Image) -> Image.Image:
 # --- opening
 
 
+class _Measured(BytesIO):
+    """A file that may be read so many times and no more, see ``_MAX_READS``."""
+
+    reads_left = _MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ImageDecodeError("The image file has too many parts.")
+        return super().read(size)
+
+
 class _NoExif(ImageFile):
     """Keeps Pillow's EXIF reader away: it would run on opening (JPEG) and loading (TIFF), it warns through the
     process-wide filter about bad blocks, and entries that all claim the same bytes make it copy them over and over."""
@@ -120,15 +144,38 @@ def _opened(data: bytes) -> ImageFile:
     plugin = next((plugin for pattern, plugin in _PLUGINS if pattern.match(data)), None)
     if plugin is None:
         raise _unlisted()
-    if plugin is _Tiff and _directory(data)[1] > len(data):
-        raise ImageDecodeError("The TIFF image claims more data than it has.")
-    image = plugin(BytesIO(data))
+    if plugin is _Tiff:
+        directory = _directory(data)
+        if directory.claimed_bytes > len(data):
+            raise ImageDecodeError("The TIFF image claims more data than it has.")
+        if directory.most_values > _MAX_READS:  # strips or tiles, of each of which Pillow makes an object
+            raise ImageDecodeError("The TIFF image has too many parts.")
+    if plugin is PngImageFile and data.count(b"iCCP") > _MAX_PNG_PROFILES:
+        raise ImageDecodeError("The PNG image has too many colour profiles.")
+    scans = _scans(data) if plugin is _Jpeg else 1
+    file = _Measured(data)
+    image = plugin(file)
     _check_size(image.size)
-    if plugin is _Jpeg and image.width * image.height * _scans(data) > _MAX_SCANNED_PIXELS:
+    if image.width * image.height * scans > _MAX_SCANNED_PIXELS:
         raise ImageTooLargeError("The JPEG image has too many scans for its size.")
     if isinstance(image, TiffImageFile):  # a tile may be larger than the image, and is decoded whole
         _check_size((image.tag_v2.get(0x0142, 1), image.tag_v2.get(0x0143, 1)))
+        if _covered_pixels(image) > _MAX_PLANES * image.width * image.height:
+            raise ImageDecodeError("The TIFF image has more strips or tiles than its size needs.")
+    if isinstance(image, BmpImageFile) and image.info.get("compression") in _RUN_LENGTH:
+        if (pixels := image.width * image.height) > _MAX_RUN_LENGTH_PIXELS:
+            raise ImageTooLargeError(
+                f"A run-length encoded BMP image may have {_MAX_RUN_LENGTH_PIXELS // 10**6} megapixels; "
+                "save it as PNG instead."
+            )
+        file.reads_left += pixels // 2  # two for each run, and runs of four pixels; encoders copy what has no runs
     return image
+
+
+def _covered_pixels(image: ImageFile) -> int:
+    """Pixels that all the strips or tiles together write."""
+    boxes = (tile.extents or (0, 0, *image.size) for tile in image.tile)
+    return sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
 
 
 def _scans(data: bytes) -> int:
@@ -166,7 +213,7 @@ def _orientation(exif: object) -> int:
     if not isinstance(exif, bytes):
         return 1
     try:
-        return _directory(exif.removeprefix(b"Exif\0\0"))[0].get(_ORIENTATION, 1)
+        return _directory(exif.removeprefix(b"Exif\0\0")).shorts.get(_ORIENTATION, 1)
     except (ValueError, struct.error):
         return 1
 
@@ -179,9 +226,19 @@ def _tagged_orientation(image: Image.Image) -> int:
         return 1
 
 
-def _directory(blob: bytes) -> tuple[dict[int, int], int]:
-    """The SHORT values of the first directory (TIFF 6.0 section 2, which EXIF uses) by tag, and how many bytes all its
-    entries claim: a small file whose entries all point at the same megabytes would fill the memory.
+class _Directory(NamedTuple):
+    """The first directory of a TIFF file."""
+
+    shorts: dict[int, int]
+    """SHORT values by tag."""
+    claimed_bytes: int
+    """Of all entries: a small file whose entries all point at the same megabytes would fill the memory."""
+    most_values: int
+    """Of an entry whose values are no bytes or characters."""
+
+
+def _directory(blob: bytes) -> _Directory:
+    """Read it (TIFF 6.0 section 2, which EXIF uses).
 
     Raises:
         ValueError, struct.error: no such directory.
@@ -197,14 +254,16 @@ def _directory(blob: bytes) -> tuple[dict[int, int], int]:
     if count > _MAX_TAGS:
         raise ValueError("too many tags")
     entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
-    tags: dict[int, int] = {}
-    claimed = 0
+    shorts: dict[int, int] = {}
+    claimed = most = 0
     for i in range(count):
         tag, kind, length, value = entry.unpack_from(blob, start + (8 if big else 2) + i * entry.size)
-        claimed += length * _TYPE_SIZES.get(kind, 0)
+        size = _TYPE_SIZES.get(kind, 0)
+        claimed += length * size
+        most = max(most, length if size > 1 else 0)
         if kind == 3:
-            tags.setdefault(tag, struct.unpack_from(order + "H", value)[0])
-    return tags, claimed
+            shorts.setdefault(tag, struct.unpack_from(order + "H", value)[0])
+    return _Directory(shorts, claimed, most)
 
 
 # --- pixels
@@ -215,7 +274,8 @@ def _rgb(image: Image.Image, orientation: int) -> Image.Image:
     image = image.convert("LA") if image.mode == "La" else _eight_bits(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        result = Image.new("RGB", image.size, "white")
+        # Not the file's size: of a rotated TIFF, Pillow gives the one that it would have if it were upright.
+        result = Image.new("RGB", rgba.size, "white")
         result.paste(rgba, (0, 0), rgba)
     else:
         result = image.convert("RGB")

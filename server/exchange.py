@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -51,7 +52,8 @@ class Exchange:
             await self._app(scope, receive, send)
             return
         if scope["path"].startswith(("http://", "https://")):  # the absolute form (RFC 9112 section 3.2.2)
-            scope["path"] = urlsplit(scope["path"]).path or "/"
+            with suppress(ValueError):  # no URL: no route either
+                scope["path"] = urlsplit(scope["path"]).path or "/"
         request_id = scope.setdefault("state", {})["request_id"] = new_request_id(
             Headers(scope=scope).get("x-request-id")
         )

@@ -82,8 +82,9 @@ class BoundedProtocol(H11Protocol):
         self._watch_unread()
 
     def resume_writing(self) -> None:
-        """It did."""
-        self._stop(self._unread_timer)
+        """It did; of a closing connection the rest still has to be read in time."""
+        if not self.transport.is_closing():
+            self._stop(self._unread_timer)
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:

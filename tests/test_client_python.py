@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -677,6 +678,18 @@ def test_an_endpoint_that_nobody_closes_ends_with_its_last_reference(server: Cha
     del endpoint
     gc.collect()
     assert client_threads() == before
+
+
+def test_without_a_thread_for_now_the_next_call_is_as_good_as_any(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script = [reply({"generated_text": "a"})]
+    with PULSEEndpoint(server.url, TOKEN) as endpoint:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                endpoint.analyze_text("?")
+        assert endpoint.analyze_text("?") == {"generated_text": "a"}
 
 
 def test_threads_share_an_endpoint(endpoint: PULSEEndpoint, server: ChatServer) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -248,6 +249,17 @@ def test_many_threads_share_a_client(server: ChatServer) -> None:
     for thread in threads:
         thread.join()
     assert [outcome.status for outcome in outcomes] == ["success"] * 16
+    client.close()
+
+
+def test_without_a_thread_for_now_the_next_commentary_is_as_good_as_any(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(server)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        assert client.comment(ENGLISH, timeout_s=5).status == "failed"
+    assert client.comment(ENGLISH, timeout_s=5).status == "success"
     client.close()
 
 

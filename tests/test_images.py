@@ -283,6 +283,19 @@ def test_orientation(kind: str, orientation: int) -> None:
     assert not decode_image(data).info
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_orientation_of_a_transparent_image(kind: str, mode: str, orientation: int) -> None:
+    image = picture(mode)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = decode_image(saved(image, kind))
+    upright.getexif()[0x0112] = orientation
+    assert same(decode_image(saved(image, kind, exif=exif)), ImageOps.exif_transpose(upright))
+
+
 def test_orientation_behind_the_pixels() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -549,6 +562,49 @@ def test_exif_that_claims_the_same_bytes_many_times() -> None:
     before = peak_memory()
     assert decode_image(png(48, 32, rows=(b"\0" + bytes(144)) * 32, extra=chunk(b"eXIf", tags))).size == (32, 48)
     assert peak_memory() - before < 60_000_000
+
+
+def run_length_bmp(width: int, height: int, runs: bytes) -> bytes:
+    head = struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54 + 1024, 40, width, height, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b"BM" + head + b"".join(bytes((n, n, n, 0)) for n in range(256)) + runs
+
+
+MANY = 20_000_000  # bytes, the most that a request may bring
+PARTS = {
+    "segments": b"\xff\xd8" + b"\xff\xe4\0\2" * (MANY // 4),
+    "chunks": png(8, 8, extra=chunk(b"prVt", b"") * (MANY // 12)),
+    "data chunks": png(2000, 2000).replace(b"IEND", b"IDAT")[:-4] + chunk(b"IDAT", b"") * (MANY // 12),
+    "profiles": png(8, 8, extra=chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(1_000_000), 9)) * (MANY // 1100)),
+    "sub-blocks": b"GIF89a" + bytes(7) + b"!\xfe" + b"\1x" * (MANY // 2),
+    "extensions": b"GIF89a" + bytes(7) + b"!\xfe\0" * (MANY // 3),
+    "bytes between": b"GIF89a" + bytes(7) + b"?" * MANY,
+    "strips": tiff_of(4000, 4000, (278, 4, 1, 3999), (273, 4, 90_000, 8), (279, 4, 1, 8), data=bytes(MANY)),
+    "many strips": tiff_of(4000, 4000, (278, 4, 1, 1), (273, 4, MANY // 4, 8), (279, 4, 1, 8), data=bytes(MANY)),
+    "short runs": run_length_bmp(2000, 2000, b"\1x" * (MANY // 2)),
+    "no runs": run_length_bmp(2000, 2000, b"\0\2\0\0" * (MANY // 4)),
+    "short rows": run_length_bmp(20_000, 2500, b"\1x\0\0" * 2500),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_file_of_very_many_parts_takes_seconds_at_most(name: str) -> None:
+    """Pillow walks them in Python, where nothing cancels it and nothing else can run."""
+    before, start = peak_memory(), time.process_time()
+    with pytest.raises(ImageError) as caught:
+        decode_image(PARTS[name])
+    assert "traceback" not in str(caught.value).lower()
+    assert time.process_time() - start < 10
+    assert peak_memory() - before < 150_000_000
+
+
+def test_files_of_many_parts_that_they_need_are_read() -> None:
+    rows = [bytes((x * y) % 251 for x in range(200) for _ in range(4)) for y in range(300)]
+    runs = b"".join(b"".join(bytes((4, pixel)) for pixel in row[::4]) + b"\0\0" for row in reversed(rows))
+    assert decode_image(run_length_bmp(800, 300, runs + b"\0\1")).convert("L").tobytes() == b"".join(rows)
+    strips = saved(picture("RGB", (30, 9000)), "TIFF", tiffinfo={278: 1})
+    assert same(decode_image(strips), picture("RGB", (30, 9000)))
+    comments = chunk(b"tEXt", b"k\0v") * 1000
+    assert decode_image(png(48, 32, rows=(b"\0" + bytes(144)) * 32, extra=comments)).size == (48, 32)
 
 
 def test_scan_bomb() -> None:

@@ -10,6 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -176,6 +177,14 @@ def test_the_absolute_form_of_a_target_is_understood(server: OurServer) -> None:
     assert status(reply) == 200
 
 
+@pytest.mark.parametrize("target", ["http://[", "http://name:secret@%E2%84%80/predict"])
+def test_a_target_that_is_no_url_is_not_found(target: str, server: OurServer, caplog: pytest.LogCaptureFixture) -> None:
+    reply = server.exchange(request(target, b"", "Connection: close", method="GET"))
+    assert status(reply) == 404
+    assert b"x-request-id" in reply.lower()
+    assert "secret" not in caplog.text and "Traceback" not in caplog.text
+
+
 def test_more_requests_at_once_than_can_be_kept_end_the_connection(server: OurServer) -> None:
     """One is answered at a time; what a client sends meanwhile is kept, within bounds."""
     long = json.dumps({"inputs": "Rate?", "parameters": PARAMETERS | {"max_new_tokens": 2000, "stop": []}}).encode()
@@ -297,6 +306,17 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_no_thread(
         until(lambda: not server.server.server_state.connections)
         server.quiet()
         assert handler.admission.running == 0
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_what_a_closing_connection_still_sends_has_to_be_read_in_time(closing: bool) -> None:
+    timer, resumed = Mock(), Mock()
+    protocol = BoundedProtocol.__new__(BoundedProtocol)
+    protocol.transport, protocol.flow = Mock(is_closing=lambda: closing), Mock(resume_writing=resumed)
+    protocol._unread_timer = timer
+    protocol.resume_writing()
+    assert timer.cancel.called is not closing
+    assert resumed.called
 
 
 def test_too_many_connections_are_not_kept(server: OurServer, monkeypatch: pytest.MonkeyPatch) -> None:

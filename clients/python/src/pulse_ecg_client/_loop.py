@@ -70,12 +70,15 @@ class LoopThread:
         if self._closed:
             raise RuntimeError(_CLOSED)
         if self._loop is None:
-            self._loop, self._process = asyncio.new_event_loop(), os.getpid()
-            thread = threading.Thread(
-                target=_serve, args=(self._loop, self._farewell), name="pulse-ecg-client", daemon=True
-            )
-            thread.start()
-            self._stop = weakref.finalize(self, _stop, self._loop, thread)
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_serve, args=(loop, self._farewell), name="pulse-ecg-client", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there is none to be had now; the next call may have more luck
+                loop.close()
+                raise
+            self._stop = weakref.finalize(self, _stop, loop, thread)
+            self._loop, self._process = loop, os.getpid()
         if self._process != os.getpid():
             raise RuntimeError("This endpoint was used before the process was forked; make one in each process.")
         return self._loop

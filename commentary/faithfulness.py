@@ -23,7 +23,8 @@ _CONDITIONAL = re.compile(
     r"\w+(?:irsa|ursa|arsa|erse|irse|urse|iyorsa|uyorsa|varsa|saniz|seniz|rsaniz|rseniz)\b|durumunda|halinde"
     # "belirtileri var" states a finding, "bir belirtisi olabilir" does not
     r"|belirti(?!\w*\s(?:\w+\s){0,2}(?:var(?:dir)?\b|gorul(?:uyor|mekte)|izlen(?:iyor|mekte)|saptan|mevcut))"
-    r"|\brisk|yol acabil|neden olabil"
+    # "inme riski var" states no stroke, "risk taşıyan taşikardi var" a tachycardia
+    r"|\brisk(?!\w*\s(?:tasi|olustur|yarat|icer|barindir))|yol acabil|neden olabil"
 )
 _URGENT = re.compile(r"\b112\b|\bacil|\bhemen\b|\bderhal\b|(?:vakit|zaman) kaybetme|gecik(?:tir)?meden|beklemeden")
 _CALM = re.compile(r"\b(?:yok(?:tur)?|degil(?:dir)?|gerekmi\w+|gerekmez|gerektirm\w+)\b")
@@ -71,6 +72,7 @@ class _Side:
         self.words = tokens(text)
         index = english_terms() if language == "en" else turkish_terms()
         self.matches = index.find(self.words)
+        self._named = {at for match in self.matches for at in range(match.first, match.last + 1)}
         self._spans: dict[int, tuple[int, int]] = {}
         for word in self.words:
             start, _ = self._spans.get(word.sentence, (word.start, 0))
@@ -82,7 +84,7 @@ class _Side:
 
     def _claim(self, language: Language, match: Match[str]) -> Claim:
         if language == "en":
-            return english_claim(self.text, self.words, match.first, match.last)
+            return english_claim(self.text, self.words, match.first, match.last, named=self._named)
         return turkish_claim(self.words, match.first, match.last, absence=glossary()[match.key].absence)
 
     def asserts(self, term: str) -> bool:
@@ -231,7 +233,7 @@ class _Comparison:
         for one in lost:
             if one.unit in _NO_FINDING:
                 continue
-            changed = next((other for other in new if _comparable(one, other)), None)
+            changed = next((other for other in new if _comparable(one, other) or one.values & other.values), None)
             severe = one.unit == "/min" and not any(
                 _SEVERE_RATES[0] <= value <= _SEVERE_RATES[1] for value in one.values
             )

@@ -8,7 +8,9 @@ from itertools import pairwise
 
 from commentary.text import fold
 
-_NUMBER = re.compile(r"(?<![\w.,:'’])(?P<minus>(?:-|eksi |minus )\s?)?(?P<digits>\d+(?:[.,]\d+)*)(?![\d:]|\.\d)")
+_NUMBER = re.compile(
+    r"(?<![\w.,:'’])(?P<minus>-|(?<=[:=]\s)-\s|(?:eksi|minus)\s)?(?P<digits>\d+(?:[.,]\d+)*)(?![\d:]|\.\d)"
+)
 _ORDINAL = re.compile(
     r"\b\d+(?:st|nd|rd|th)\b|\b\d+(?:'?inci|'?nci|'?uncu|'?üncü|'?ıncı|'?ncü)\b|\b\d\.\s*(?=derece|tip)"
     r"|\b\d+[- ](?:lead|derivasyon\w*|kanal\w*)\b|\b(?:type|tip|mobitz|grade|evre|class)\s*\d+\b"
@@ -34,6 +36,7 @@ _UNITS: tuple[tuple[str, str], ...] = (
     ("s", r"s(?:n|ec|aniye|econd)?s?\b|saniye\w*|seconds?"),
     ("mv", r"mv\b|milivolt\w*|millivolt\w*"),
     ("mm", r"mm\b|milimetre\w*|millimet\w*"),
+    ("cm", r"cm\b|santim\w*|centimet\w*"),
     ("deg", r"°|deg\w*|derece\w*"),
     ("%", r"%|percent"),
     ("year", r"years?\b|year-old|yas\w*|yil\w*|y/o"),
@@ -45,6 +48,7 @@ _RANGE_BEHIND = re.compile(r"\s?(?:-|/|to|and|ile|ila)\s?-?\d+(?:[.,]\d+)?")
 _PER_MINUTE_BEFORE = re.compile(
     r"(?:dakikada|dakika basina|dakikadaki|heart rate(?: of| is)?)\s*(?:\w+\s){0,2}(?:\d+\s?-\s?)?$"
 )
+_SLOWER_OR_FASTER_BEFORE = re.compile(r"\b(saniyede|saatte|gunde)\s(?:\w+\s){0,2}$")
 _PERCENT_BEFORE = re.compile(r"(?:%|yuzde )\s?$")
 
 
@@ -102,6 +106,8 @@ def _readings(digits: str) -> frozenset[float]:
 def _unit(folded: str, start: int, end: int) -> str:
     if _PERCENT_BEFORE.search(folded[:start]):
         return "%"
+    if other := _SLOWER_OR_FASTER_BEFORE.search(folded[max(0, start - 60) : start]):
+        return other[1]
     ahead = folded[end : end + 40]
     for rest in (ahead, ahead[match.end() :] if (match := _RANGE_BEHIND.match(ahead)) else ""):
         for unit, pattern in _UNIT_BEHIND:

@@ -7,7 +7,7 @@ first predicate behind the term decides ("ST yükselmesi izlenmedi"), or the ter
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from commentary.text import Token
@@ -87,8 +87,14 @@ _TR_HEDGES = re.compile(
 )
 
 
-def english_claim(text: str, words: Sequence[Token], first: int, last: int) -> Claim:
-    """What the English sentence says of the term at tokens ``first`` to ``last``; ``text`` is what was tokenised."""
+_TR_WITHOUT = re.compile(r"(?!(?:duzen|yeter|denge|yanit)siz)\w{4,}s[iu]z(?:d[iu]r)?")  # "irregular" denies nothing
+
+
+def english_claim(text: str, words: Sequence[Token], first: int, last: int, *, named: Set[int] = frozenset()) -> Claim:
+    """What the English sentence says of the term at tokens ``first`` to ``last``; ``text`` is what was tokenised.
+
+    ``named`` are the tokens of all terms: the "absent" of "absent P waves" denies no other.
+    """
     start, end = _sentence(words, first, last)
     before = text[words[start].start : words[first].start].lower()
     after = _EN_BREAK.split(text[words[last].end : words[end].end].lower())[0]
@@ -103,14 +109,14 @@ def english_claim(text: str, words: Sequence[Token], first: int, last: int) -> C
         return Claim(False, True, hedged)
     if _EN_DENIED_AFTER.search(after) and not re.search(r",.*\b(?:absent|excluded|not)\b", after):
         return Claim(False, True, hedged)
-    denied = _english_trigger(words, start, first)
+    denied = _english_trigger(words, start, first, named)
     return Claim(not denied, denied, hedged)
 
 
-def _english_trigger(words: Sequence[Token], start: int, first: int) -> bool:
+def _english_trigger(words: Sequence[Token], start: int, first: int, named: Set[int]) -> bool:
     for at in range(first - 1, start - 1, -1):
         word = words[at].word
-        if word in _EN_NEGATIONS:
+        if word in _EN_NEGATIONS and (at not in named or any(w.word in ("or", "nor") for w in words[at:first])):
             only = at + 1 < len(words) and words[at + 1].word in ("only", "longer")
             return not only
         opened = re.match(r"\s*[,:]", words[at + 1].after) and words[at + 1].word in ("and", "the", "there")
@@ -128,7 +134,7 @@ def turkish_claim(words: Sequence[Token], first: int, last: int, *, absence: boo
     hedged = any(_TR_HEDGES.fullmatch(word.word) for word in words[start : end + 1])
     if not absence and last > first and _TR_DENIALS.fullmatch(words[last].word):  # "QT aralığı uzamamış"
         return Claim(False, True, hedged)
-    if re.search(r"s[iu]z(?:d[iu]r)?$", words[last].word) and len(words[last].word) > 6:
+    if not absence and _TR_WITHOUT.fullmatch(words[last].word):
         return Claim(False, True, hedged)
     if re.search(r"[dt][iu]r$", words[last].word):
         return Claim(True, False, hedged)

@@ -23,7 +23,8 @@ _LABELLED_NAME = re.compile(
     rf"(?i:\b({_LABEL}\s*(?:[:=]|\bis\b|-)\s*\**\s*))((?i:(?:mr|mrs|ms|miss|dr|prof)\.?\s+)?{_NAME})"
 )
 _TITLED_NAME = re.compile(
-    rf"\b((?:Mr|Mrs|Ms|Miss|Dr|Prof|Sn|Sayın)\.?{_GAP})({_NAME})|\b({_WORD})({_GAP}(?:Bey|Hanım)\b)"
+    rf"\b((?:Mr|Mrs|Ms|Miss|Dr|DR|Prof|PROF|Sn|Sayın|SAYIN)\.?{_GAP})({_NAME})"
+    rf"|\b({_WORD})({_GAP}(?:Bey|Hanım|BEY|HANIM)\b)"
 )
 _NAMED_PATIENT = re.compile(rf"\b([Pp]atient,?{_GAP})({_WORD}{_GAP}{_NAME})")
 _LOWER_CASE_NAME = re.compile(
@@ -45,7 +46,7 @@ _RECORD = (
     r"(?:mrn|medical\s+record(?:\s+(?:number|no))?|record\s*(?:number|no|id|#)|patient\s*(?:id|number|no|#)"
     r"|hospital\s*(?:number|no|id)|accession(?:\s*(?:number|no))?"
     r"|(?:file|visit|case|order|study|exam|account)\s*(?:id|number|no)|id(?=\s*[:=#])"
-    r"|protokol(?:\s*(?:no|numaras[ıi]))?|dosya\s*(?:no|numaras[ıi])|hasta\s*no|tckn|national\s+id"
+    r"|protokol(?:\s*(?:no|numaras[ıi]))?|(?:dosya|kay[ıi]t|ar[şs]iv)\s*(?:no|numaras[ıi])|hasta\s*no|tckn|national\s+id"
     r"|(?:t\.?c\.?\s*)?kimlik\s*(?:no|numaras[ıi])|identity\s+(?:number|no)|ssn|passport(?:\s*(?:number|no))?)"
 )
 _FILE_ENDINGS = "jpe?g|png|gif|bmp|webp|tiff?|pdf|dcm|dicom|xml|hea|dat|csv"
@@ -69,10 +70,21 @@ _LAY = word_set(
 )
 
 
+# Words of the glossary that are surnames too: behind "name:", or behind a word that is a name, they are no findings.
+_SURNAMES = word_set(
+    "white wolff parkinson brugada osborn lown ganong levine mobitz wenckebach prinzmetal wellens long short block rae"
+)
+_SAYS_NAME = re.compile(r"name|\bad[ıi]\b|soyad|isim", re.IGNORECASE)
+
+
 @cache
 def _clinical_words() -> frozenset[str]:
     forms = (form for term in glossary().values() for form in (term.en, *term.variants))
     return _LAY | {word for form in forms for word in re.findall(r"\w+", form.lower()) if len(word) > 1}
+
+
+def _clinical(word: str) -> bool:
+    return word in _clinical_words() or all(part in _clinical_words() for part in word.split("-"))
 
 
 def mask(text: str) -> str:
@@ -80,16 +92,20 @@ def mask(text: str) -> str:
     for pattern, placeholder in _MASKS:
         text = pattern.sub(placeholder, text)
     for pattern in (_LABELLED_NAME, _NAMED_PATIENT, _SIGNED_NAME, _LOWER_CASE_NAME):
-        text = pattern.sub(lambda match: match[1] + _masked_name(match[2]), text)
+        text = pattern.sub(
+            lambda match: match[1] + _masked_name(match[2], surely=bool(_SAYS_NAME.search(match[1]))), text
+        )
     return _TITLED_NAME.sub(
         lambda match: match[1] + _masked_name(match[2]) if match[1] else _masked_name(match[3]) + match[4], text
     )
 
 
-def _masked_name(name: str) -> str:
+def _masked_name(name: str, *, surely: bool = False) -> str:
     """[AD], unless the words are those of a report ("Patient: Sinus rhythm"); clinical words behind a name stay."""
     words = re.split(r"(,?[ \t]+)", name)
+    clinical = [_INITIAL.fullmatch(word) is None and _clinical(word.lower().strip(".,")) for word in words]
+    surely = surely or ("," in name and not all(clinical[::2]))  # "White, John"
     at = 0
-    while at < len(words) and (_INITIAL.fullmatch(words[at]) or words[at].lower().strip(".,") not in _clinical_words()):
+    while at < len(words) and not (clinical[at] and not ((surely or at) and words[at].lower() in _SURNAMES)):
         at += 2
     return name if at == 0 else "".join(["[AD]", *words[at - 1 :]])

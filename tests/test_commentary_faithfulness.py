@@ -73,6 +73,13 @@ def test_the_set_is_large_and_varied() -> None:
         ("Sinus rhythm.", "Ritminiz sinüs ritmi. Ayrıca STEMI belirtileri var.", "addition"),
         ("The QT interval is not prolonged.", "Kaydınızda QT aralığı da uzamış.", "negation"),
         ("Sinus bradycardia, first-degree AV block.", "Kalbiniz gayet normal çalışıyor, için rahat olsun.", "omission"),
+        ("No evidence of ischemia.", "Kalp kasının kanlanması yetersiz.", "negation"),
+        ("Regular rhythm.", "Ritminiz düzensiz ve dikkat gerektiriyor.", "substitution"),
+        ("Absent P waves, peaked T waves.", "P dalgaları görülmüyor. Sivri T dalgası yok.", "negation"),
+        ("Sinus rhythm.", "Ritminiz sinüs ritmi. Hayati risk taşıyan ventriküler taşikardi var.", "addition"),
+        ("ST elevation of 2 mm in V2.", "V2 derivasyonunda 2 cm ST yükselmesi var.", "number"),
+        ("ST elevation of 2 mm in V2.", "V2 derivasyonunda 2 mV ST yükselmesi var.", "number"),
+        ("Sinus rhythm at 72 bpm.", "Ritminiz sinüs ritmi, kalbiniz saniyede 72 kez atıyor.", "number"),
         ("Sinus rhythm.", "Your rhythm is normal and it is coming from the sinus node.", "language"),
         ("Sinus rhythm.", "Üzgünüm, buna yardımcı olamam.", "refusal"),
         ("Sinus rhythm.", "Ritminiz doğal, yani sinüs ritmi ve bu", "cut_off"),
@@ -101,6 +108,11 @@ def test_each_rule_refuses(english: str, turkish: str, rule: str) -> None:
         ("Old inferior infarction.", "Alt duvarda önceden kalp krizi geçirdiğinizi gösteren bir iz var."),
         ("Abnormal ECG. PR interval within normal limits.", "EKG'niz normal değil. PR aralığı normal sınırlarda."),
         ("Intervals are within normal limits.", "Kaydınızda ölçülen bütün süreler olağan."),
+        ("Irregular rhythm with frequent PVCs.", "Ritminiz düzensiz, sık ventriküler erken vuru var."),
+        ("Absent P waves, wide QRS complexes.", "P dalgaları görülmüyor, QRS kompleksleri geniş."),
+        ("No P waves or ST elevation.", "P dalgaları görülmüyor. ST yükselmesi de yok."),
+        ("Heart rate – 72 bpm.", "Kalbiniz dakikada 72 atımla çalışıyor."),
+        ("QRS axis: -30 degrees.", "Kalbin elektriksel ekseni eksi 30 derece."),
         ("AV block with coronary artery disease.", "AV blok ve koroner arter hastalığı (damar tıkanıklığı) var."),
     ],
 )
@@ -139,6 +151,6 @@ def test_it_is_fast_on_long_and_on_hostile_text() -> None:
         ("a" * 15000, "a," * 3900),
         ("no ST elevation, " * 900, "ST yükselmesi, " * 500),
     ]:
-        started = time.perf_counter()
+        started = time.process_time()
         check(english, turkish)
-        assert time.perf_counter() - started < 2.0
+        assert time.process_time() - started < 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from commentary.faithfulness import check
 from commentary.glossary import english_terms, glossary, turkish_terms
 from commentary.privacy import mask
 from commentary.prompt import messages
@@ -41,6 +42,11 @@ from utils import DeepSeekClient
         ("DOB 01-Feb-1960", "DOB [DOĞUM TARİHİ]"),
         ("MRN#: 00-12-345", "MRN#: [KAYIT NO]"),
         ("ID: 445566", "ID: [KAYIT NO]"),
+        ("Patient Name: WHITE, JOHN", "Patient Name: [AD]"),
+        ("PATIENT: LONG, MARY", "PATIENT: [AD]"),
+        ("Patient: John White. Rate 70", "Patient: [AD]. Rate 70"),
+        ("Kayıt No: 0012345", "Kayıt No: [KAYIT NO]"),
+        ("Signed, DR. SMITH", "Signed, DR. [AD]"),
     ],
 )
 def test_identifiers_are_masked(text: str, masked: str) -> None:
@@ -58,6 +64,7 @@ def test_identifiers_are_masked(text: str, masked: str) -> None:
         "QRS axis -30 degrees, 25 mm/s, 10 mm/mV. Mobitz II, 2:1.",
         "Possible Brugada pattern. Atrial Fibrillation. T wave inversion in V1.",
         "Patient: T wave inversion in V1.",
+        "Patient: Long QT, Left axis. Doctor: Wolff-Parkinson-White, Short PR.",
         "Confirmed by: Q Waves in III. Rhythm name: atrial fibrillation.",
     ],
 )
@@ -96,6 +103,14 @@ def test_the_second_question_names_the_faults() -> None:
     )
     assert "önemli bir bulgu atlanmıştı: 'x' is missing" in user["content"]
     assert "derivasyon" not in user["content"]
+
+
+@pytest.mark.parametrize("name", list(glossary()))
+def test_no_gloss_states_another_critical_finding(name: str) -> None:
+    """The check would refuse what the prompt proposes."""
+    term = glossary()[name]
+    findings = check(f"There is {term.en}.", f"Kaydınızda {term.tr} var; bu, {term.gloss}. Hemen 112'yi arayın.")
+    assert [finding for finding in findings if finding.rule == "addition"] == []
 
 
 def test_the_glossary_is_large_and_whole() -> None:

@@ -23,6 +23,7 @@ AspectRatio = Literal["anyres", "pad", "square"]
 MergeType = Literal["flat", "spatial", "spatial_unpad"]
 
 _MAX_SCALED_PIXELS = 50_000_000
+_MAX_PADDED_PIXELS = 200_000_000  # 0.8 GB while an image is padded to a square, as "pad" does before it scales
 
 NEWLINE = -1
 """In a merge order: the learnt ``image_newline`` embedding instead of a patch."""
@@ -156,18 +157,24 @@ def _centred_on_black(image: Image.Image, resolution: Size) -> Image.Image:
     return canvas
 
 
+def _too_thin(image: Image.Image) -> ImageError:
+    return ImageError(f"The image is {image.width} x {image.height} pixels: too thin for the model to see.")
+
+
 def _single_tile(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """One tile: padded to a square on CLIP's mean colour (``pad``), then short edge resized and centre cropped."""
     tile = preprocessing.tile_size
     if preprocessing.aspect_ratio == "pad" and image.width != image.height:
         edge = max(image.size)
+        if edge * edge > _MAX_PADDED_PIXELS:
+            raise _too_thin(image)
         square = Image.new("RGB", (edge, edge), tuple(int(channel * 255) for channel in preprocessing.mean))
         square.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
         image = square
     short, long = sorted(image.size)
     scaled = int(tile * long / short)
     if tile * scaled > _MAX_SCALED_PIXELS:
-        raise ImageError(f"The image is {image.width} x {image.height} pixels: too thin for the model to see.")
+        raise _too_thin(image)
     resized = image.resize(
         (tile, scaled) if image.width <= image.height else (scaled, tile), Image.Resampling(preprocessing.resample)
     )

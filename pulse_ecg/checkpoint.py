@@ -75,6 +75,10 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
     if quantized:
         replace_linears(network.language_model.model.layers, quantized)
     files = weight_files(folder)
+    if settings.engine == "vllm" and files == [folder / SINGLE_FILE] and (folder / INDEX_FILE).is_file():
+        raise CheckpointError(
+            f"vLLM would go by {INDEX_FILE} and not read {SINGLE_FILE}: remove the one that is stale."
+        )
     stored = _stored_shapes(files)
     _check(network, stored)
     _assign(network, files, device=device, dtype=dtype)
@@ -113,6 +117,11 @@ def locate(path: Path, settings: Settings) -> tuple[Path, str]:
         raise CheckpointError(f"The checkpoint's path is no folder: '{path.name}'.")
     if any(path.glob("*.safetensors")):
         return path, "local"
+    if others := sorted(path.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"The weights are stored as '{others[0].name}', which can hold code: convert them to safetensors, or "
+            "remove them, and PULSE_MODEL_ID is loaded."
+        )
     if Path(settings.model_id).is_dir():
         return Path(settings.model_id), "local"
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - a local start needs no hub client
@@ -135,20 +144,22 @@ def locate(path: Path, settings: Settings) -> tuple[Path, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or single.
+    """The safetensors files of a checkpoint, sharded or single; where there are both, the single one.
+
+    That is the official code's order: a model saved anew in one file may leave an older one's index behind.
 
     Raises:
         CheckpointError: there are none, or the index names one that is missing.
     """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, Mapping) or not weight_map:
             raise CheckpointError(f"{INDEX_FILE} has no weight_map.")
         names = sorted({str(name) for name in weight_map.values()})
     else:
-        names = (
-            [SINGLE_FILE] if (folder / SINGLE_FILE).is_file() else sorted(f.name for f in folder.glob("*.safetensors"))
-        )
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"The checkpoint's weight file '{name[:80]}' is missing.")

@@ -19,6 +19,9 @@ _SPACE = "▁"  # sentencepiece writes a space as U+2581
 # Concatenated protobuf messages merge (protobuf encoding guide, "Last One Wins"): these four bytes are
 # ModelProto{normalizer_spec{add_dummy_prefix: false}}, what the official tokenizer sets when not `legacy`.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+# ModelProto{normalizer_spec{add_dummy_prefix: false, remove_extra_whitespaces: false}}: sentencepiece drops the space
+# that opens a text where either is set.
+_KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
 # An unknown-token text before a leading space keeps sentencepiece from swallowing that space.
 _GUARD = "<unk>"
 
@@ -33,9 +36,9 @@ class Tokenizer:
         """``legacy`` is the setting of that name in ``tokenizer_config.json``; ``special_ids`` are left out of text."""
         self._legacy = legacy
         # Decoding never drops the space that opens a text: tokens decoded one by one must join to the whole.
-        self._pieces = _processor(model + _NO_DUMMY_PREFIX)
-        self._encoder = _processor(model) if legacy else self._pieces
-        self._guard_length = len(self._pieces.encode(_GUARD))
+        self._pieces = _processor(model + _KEEP_SPACES)
+        self._encoder = _processor(model if legacy else model + _NO_DUMMY_PREFIX)
+        self._guard_length = len(self._encoder.encode(_GUARD))
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.size: int = self._pieces.get_piece_size()
@@ -48,7 +51,7 @@ class Tokenizer:
         """Read ``tokenizer.model`` and ``tokenizer_config.json``.
 
         Raises:
-            CheckpointError: a file is missing or unreadable.
+            CheckpointError: a file is missing or unreadable, or a setting would change tokens in a way not built here.
         """
         file = folder / "tokenizer.model"
         if not file.is_file():
@@ -58,8 +61,18 @@ class Tokenizer:
             settings = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
             added = settings.get("added_tokens_decoder", {})
             special = frozenset(int(i) for i, token in added.items() if token.get("special"))
+            for name, only in (("add_bos_token", True), ("add_eos_token", False)):
+                if settings.get(name, only) is not only:
+                    raise CheckpointError(
+                        f"tokenizer_config.json sets {name} to {settings[name]!r}; only {only} is built."
+                    )
             # Absent or null means legacy, as in the official code's transformers.
-            return cls(file.read_bytes(), legacy=settings.get("legacy") is not False, special_ids=special)
+            tokenizer = cls(file.read_bytes(), legacy=settings.get("legacy") is not False, special_ids=special)
+            if words := sorted(int(i) for i in added if int(i) >= tokenizer.size and int(i) not in special):
+                raise CheckpointError(
+                    f"tokenizer_config.json adds the words {words[:5]}; only special tokens may be added."
+                )
+            return tokenizer
         except (ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise CheckpointError("tokenizer.model or tokenizer_config.json cannot be read.") from error
 

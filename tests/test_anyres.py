@@ -296,7 +296,8 @@ def test_the_image_itself_is_not_changed() -> None:
     assert image.tobytes() == before
 
 
-def test_an_image_too_thin_for_a_single_tile_is_refused_before_it_is_scaled() -> None:
-    """20,000 x 1 pixels would become 6.7 million x 336."""
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_an_image_too_thin_for_a_single_tile_is_refused_before_it_is_scaled(aspect_ratio: str) -> None:
+    """20,000 x 1 pixels would become 6.7 million x 336, or 20,000 x 20,000."""
     with pytest.raises(ImageError, match="too thin"):
-        tile_image(Image.new("RGB", (20_000, 1)), Preprocessing(aspect_ratio="square"))
+        tile_image(Image.new("RGB", (20_000, 1)), Preprocessing(aspect_ratio=aspect_ratio))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,26 @@ def test_a_damaged_shard_stops_the_start_and_is_named(content: bytes | None, fol
 def test_a_missing_shard_stops_the_start_and_is_named(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors"):
+        load_model(folder, CPU)
+
+
+def test_a_single_file_comes_before_the_index_of_an_older_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the official code.  vLLM goes by the index: two engines would answer from two models."""
+    stale = json.loads((folder / checkpoint.INDEX_FILE).read_text("utf-8"))
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(0.5))
+    (folder / checkpoint.INDEX_FILE).write_text(json.dumps(stale), "utf-8")
+    weight = load_model(folder, CPU).network.language_model.model.norm.weight
+    assert (weight == 0.5).all()
+    monkeypatch.setattr(checkpoint, "require_vllm", lambda: None)
+    with pytest.raises(CheckpointError, match=r"vLLM would go by model.safetensors.index.json"):
+        load_model(folder, replace(CPU, engine="vllm"))
+
+
+def test_weights_of_another_kind_are_not_replaced_by_the_hubs(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=r"'pytorch_model-00001-of-00002.bin'.*convert them to safetensors"):
         load_model(folder, CPU)
 
 

@@ -102,6 +102,16 @@ def test_the_prefix_stays_where_the_library_would_strip_it(demo_checkpoint: Path
     assert tokenizer.encode(" signs", prefix=False) == demo_tokenizer.encode("signs")
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tokens_decoded_one_by_one_join_to_the_whole_where_the_library_strips(
+    demo_checkpoint: Path, demo_tokenizer: Tokenizer, legacy: bool
+) -> None:
+    strips = b"\x1a\x02\x20\x01"
+    tokenizer = Tokenizer((demo_checkpoint / "tokenizer.model").read_bytes() + strips, legacy=legacy)
+    ids = demo_tokenizer.encode("The rhythm is sinus rhythm.")
+    assert "".join(tokenizer.decode([token]) for token in ids) == tokenizer.decode(ids) == demo_tokenizer.decode(ids)
+
+
 def test_runs_of_spaces_stay(demo_tokenizer: Tokenizer) -> None:
     encodings = [tuple(demo_tokenizer.encode("a" + " " * n + "b")) for n in range(6)]
     assert len(set(encodings)) == 6
@@ -176,6 +186,19 @@ def test_added_special_tokens_are_no_text(folder: Path) -> None:
     tokenizer = edit(folder, lambda s: s.update(added_tokens_decoder=added))
     assert tokenizer.is_special(700)
     assert not tokenizer.is_special(701)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"add_eos_token": True}, "add_eos_token"),
+        ({"add_bos_token": False}, "add_bos_token"),
+        ({"added_tokens_decoder": {"90000": {"content": "<ecg>", "special": False}}}, "90000"),
+    ],
+)
+def test_settings_that_would_change_tokens_are_refused(folder: Path, settings: dict[str, object], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        edit(folder, lambda s: s.update(settings))
 
 
 @pytest.mark.parametrize(

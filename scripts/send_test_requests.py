@@ -126,6 +126,16 @@ def _lines(text: str, width: int) -> list[str]:
 # --- sending
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The default one would take the token to whatever host the answer names."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_NoRedirects).open
+
+
 def post(url: str, body: bytes, *, content_type: str, token: str | None, timeout_s: float) -> tuple[int, Json]:
     """Status and JSON of one POST.
 
@@ -138,7 +148,7 @@ def post(url: str, body: bytes, *, content_type: str, token: str | None, timeout
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, data=body, headers=headers, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with _open(request, timeout=timeout_s) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -330,7 +340,7 @@ def wait_until_up(url: str, *, token: str | None, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            with urllib.request.urlopen(request, timeout=30):
+            with _open(request, timeout=30):
                 return
         except urllib.error.HTTPError as error:
             with error:

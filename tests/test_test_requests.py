@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pulse_ecg.params import _READERS
 from scripts import send_test_requests as sender
 from tests.endpoint_server import EndpointServer, demo_handler, endpoint_server
+from tests.servers import ImageHost, answer, redirect
 
 CASES = sender.load_cases()
 TOKEN = "hf_test_only"
@@ -141,5 +143,18 @@ def test_the_script_reports_and_exits(
 def test_no_answer_is_a_failure(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = sender.sample_of(image, None)
     outcome = sender.run(CASES[:1], sample, url="http://127.0.0.1:9", token=None, timeout_s=5)
+    assert outcome[CASES[0]["name"]]
+    assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [302, 307, 308])
+def test_a_redirect_does_not_take_the_token_elsewhere(
+    code: int, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(ImageHost({"/": answer(b"{}")})) as elsewhere, closing(ImageHost({})) as host:
+        host.pages["/"] = redirect(elsewhere.url(), code)
+        sender.wait_until_up(host.url(), token="secret", seconds=5)
+        outcome = sender.run(CASES[:1], sender.sample_of(image, None), url=host.url(), token="secret", timeout_s=5)
+        assert host.requests and not elsewhere.requests
     assert outcome[CASES[0]["name"]]
     assert "FAIL" in capsys.readouterr().out

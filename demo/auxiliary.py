@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from demo.samples import Sample, rate_target
+from demo.samples import Sample, rate_of, rate_target
 from demo.signals import FINDINGS, RHYTHMS, TERRITORIES
 
 _RHYTHMS = [name for name, *_ in RHYTHMS]
@@ -115,7 +115,7 @@ class AuxiliaryHeads(nn.Module):
         for name, index in truth.classes.items():
             losses[name] = functional.cross_entropy(predictions[name], index)
         known = ~truth.values_B3.isnan()
-        losses["values"] = 3 * functional.smooth_l1_loss(predictions["values"][known], truth.values_B3[known], beta=0.1)
+        losses["values"] = 6 * functional.smooth_l1_loss(predictions["values"][known], truth.values_B3[known], beta=0.1)
         return losses, predictions
 
     def _pool(self, features: Tensor, owner_P: Tensor, images: int) -> Tensor:
@@ -129,10 +129,27 @@ class AuxiliaryHeads(nn.Module):
         return features.new_zeros(images, *parts.shape[1:]).index_add(0, owner_P, parts).flatten(1)
 
 
+class RateReading(nn.Module):
+    """The rate as a number, read from what the language model's last layer gets where a rate is being answered.
+
+    Digits alone teach slowly that what the image says is a quantity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.value = nn.Linear(width, 1)
+
+    def losses(self, hidden_AD: Tensor, target: float) -> Tensor:
+        """``(A,)``, for the answer tokens of one image's rates."""
+        value_A = self.value(self.norm(hidden_AD.float()))[:, 0]
+        return functional.smooth_l1_loss(value_A, torch.full_like(value_A, target), beta=0.1, reduction="none")
+
+
 def scores(predictions: dict[str, Tensor], samples: Sequence[Sample], truth: Targets) -> dict[str, float]:
     """Accuracy of the pooled predictions: progress, not a result."""
     result = {n: float((predictions[n].argmax(-1) == truth.classes[n]).float().mean()) for n in _CLASSES}
-    rates = 75.0 * torch.exp(predictions["values"][:, 0] / 3.0)
+    rates = rate_of(predictions["values"][:, 0])
     true = torch.tensor([float(s.diagnosis.rate) for s in samples], device=rates.device)
     result["rate"] = float(((rates - true).abs() <= 5.0).float().mean())
     return result

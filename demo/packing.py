@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,19 @@ class Pack:
     positions: list[int]
     image_tokens: int = 0
     """How many tokens the whole image has; needed where only a part of them is given."""
+
+
+class Told(NamedTuple):
+    """At the A tokens of one image's answers."""
+
+    losses_A: Tensor
+    """Cross-entropy."""
+    owner_A: Tensor
+    """The number of the token's question, from 0."""
+    right_A: Tensor
+    """Whether the true token was the model's choice."""
+    inner_AD: Tensor
+    """What the last layer gets."""
 
 
 def pack(
@@ -87,8 +101,8 @@ def answer_losses(
     features: Sequence[Tensor],
     packs: Sequence[Pack],
     places: Sequence[Tensor | None] | None = None,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each image: the cross-entropy at each answer token, its question's number, whether the choice was right.
+) -> list[Told]:
+    """What each image's answers cost, token by token.
 
     Args:
         features: of each image ``(tokens, D)``, its embeddings in the language model's space.
@@ -107,19 +121,23 @@ def answer_losses(
         own = torch.tensor(packed.positions, device=device) + end
         positions.append(torch.cat([torch.arange(len(before), device=device), seen + len(before), own]))
     owner_BL = pad_sequence(owners, batch_first=True, padding_value=-1)
-    hidden_BLD = network.language_model.model(
+    hidden = network.language_model.model(
         inputs_embeds=pad_sequence(sequences, batch_first=True),
         attention_mask=_mask(owner_BL),
         position_ids=pad_sequence(positions, batch_first=True),
         use_cache=False,
-    ).last_hidden_state
+        output_hidden_states=True,
+    )
     results = []
-    for hidden_LD, sequence, packed in zip(hidden_BLD, sequences, packs, strict=True):
+    for last_LD, inner_LD, sequence, packed in zip(
+        hidden.last_hidden_state, hidden.hidden_states[-2], sequences, packs, strict=True
+    ):
         labels, segments = (torch.tensor(part, device=device) for part in (packed.labels, packed.segments))
         told = (labels != IGNORED).nonzero()[:, 0]
-        logits = network.language_model.lm_head(hidden_LD[len(sequence) - len(labels) + told - 1]).float()
+        at = len(sequence) - len(labels) + told - 1
+        logits = network.language_model.lm_head(last_LD[at]).float()
         losses = cross_entropy(logits, [packed.shares[place] for place in told.tolist()])
-        results.append((losses, segments[told] - 1, logits.argmax(-1) == labels[told]))
+        results.append(Told(losses, segments[told] - 1, logits.argmax(-1) == labels[told], inner_LD[at]))
     return results
 
 

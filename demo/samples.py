@@ -6,13 +6,13 @@ held-out image is ever trained on.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from demo.drawing import Drawing, draw_page, draw_style, without_flaws
 from demo.signals import LEADS, Diagnosis, SyntheticEcg, draw_ecg
@@ -144,5 +144,13 @@ def _views(image_size: Size, grid: Size) -> tuple[_View, _View]:
 
 
 def rate_target(diagnosis: Diagnosis) -> float:
-    """The rate on the scale that the auxiliary losses use: about -2 to 2."""
-    return 3.0 * math.log(diagnosis.rate / 75.0)
+    """The rate on the scale that the auxiliary losses use: about -2 to 4.  A grade counts beats, so it is linear."""
+    return (diagnosis.rate - 75) / _RATE_UNIT
+
+
+def rate_of(target_B: Tensor) -> Tensor:
+    """The rates in bpm that such targets stand for: ``(B,)``."""
+    return 75 + _RATE_UNIT * target_B
+
+
+_RATE_UNIT = 25.0  # bpm

@@ -1,13 +1,10 @@
 """The tower on a part of the patches, as in masked autoencoders (He et al. 2022): half of an ECG's page is blank paper.
 
 The training spends most of its time on the patches that a trace crosses, and on as many others as fill up a fixed
-number for each tile: the tower's in the first stage, the language model's after it.  Each sees a share of the images
-whole, as the endpoint does.
+number for each tile.  The tower and the language model see a share of the images whole, as the endpoint does.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,36 +19,22 @@ _PATCHES = SIDE * SIDE
 _OVERVIEW_SHARE = 0.3
 
 
-def choose(
-    samples: Sequence[Sample], rng: np.random.Generator, keep: int, *, beats_first: bool = False
-) -> NDArray[np.int64]:
-    """``(tiles, keep)`` indices into all the samples' patches; most overviews are left out, as the tiles show more.
+def choose(sample: Sample, rng: np.random.Generator, keep: int, *, beats_first: bool = False) -> NDArray[np.int64]:
+    """``(tiles, keep)`` indices into the sample's patches; most overviews are left out, as the tiles show more.
 
     ``beats_first`` prefers patches with a beat, for targets that exist there alone; which patches were chosen then says
     something about the rhythm.
     """
-    rows, start = [], 0
-    for sample in samples:
-        lead, beat = (part.reshape(-1, _PATCHES) for part in (sample.patches.lead_TSS, sample.patches.beat_TSS))
-        worth = (lead > 0) + 1.0 * (beats_first & (beat > 0)) + rng.uniform(0, 0.9, lead.shape)
-        best = np.sort(np.argsort(-worth, axis=1)[:, :keep], axis=1) + start + _PATCHES * np.arange(len(lead))[:, None]
-        rows.append(best[0 if rng.random() < _OVERVIEW_SHARE else 1 :])
-        start += lead.size
-    return np.concatenate(rows)
+    lead, beat = (part.reshape(-1, _PATCHES) for part in (sample.patches.lead_TSS, sample.patches.beat_TSS))
+    worth = (lead > 0) + 1.0 * (beats_first & (beat > 0)) + rng.uniform(0, 0.9, lead.shape)
+    best = np.sort(np.argsort(-worth, axis=1)[:, :keep], axis=1) + _PATCHES * np.arange(len(lead))[:, None]
+    return best[0 if rng.random() < _OVERVIEW_SHARE else 1 :]
 
 
-def patch_pixels(samples: Sequence[Sample], chosen_TK: NDArray[np.int64]) -> NDArray[np.uint8]:
+def patch_pixels(sample: Sample, chosen_TK: NDArray[np.int64]) -> NDArray[np.uint8]:
     """``(T, K, 3 x PATCH x PATCH)``, in the order of the tower's patch embedding."""
-    patches = [
-        sample.tiles_THWC.reshape(-1, SIDE, PATCH, SIDE, PATCH, 3).transpose(0, 1, 3, 5, 2, 4) for sample in samples
-    ]
-    starts = np.cumsum([0, *(sample.patches.lead_TSS.size for sample in samples)])
-    owner = np.searchsorted(starts, chosen_TK[:, 0], side="right") - 1
-    rows = [
-        patches[sample][np.unravel_index(row - starts[sample], patches[sample].shape[:3])]
-        for sample, row in zip(owner, chosen_TK, strict=True)
-    ]
-    return np.stack(rows).reshape(*chosen_TK.shape, -1)
+    patches = sample.tiles_THWC.reshape(-1, SIDE, PATCH, SIDE, PATCH, 3).transpose(0, 1, 3, 5, 2, 4)
+    return patches[np.unravel_index(chosen_TK, patches.shape[:3])].reshape(*chosen_TK.shape, -1)
 
 
 def encode(network: PulseModel, pixels_TKX: NDArray[np.uint8], chosen_TK: NDArray[np.int64]) -> Tensor:

@@ -24,9 +24,9 @@ from demo.training import PROGRESS, Plan, Stage, Trainer, stage_begun
 logger = logging.getLogger("demo.train")
 
 PLANS: dict[Stage, Plan] = {
-    "see": Plan("see", steps=9000, keep=72, tower_lr=1e-3, decay=0.6),
+    "see": Plan("see", steps=9000, fresh=3, keep=72, tower_lr=1e-3, decay=1.0),
     "read": Plan("read", steps=1000, batch=4, fresh=1, keep=72, lr=1.5e-3),
-    "both": Plan("both", steps=2100, batch=4, keep=72, lr=7e-4, tower_lr=2e-4, decay=1.0),
+    "both": Plan("both", steps=2800, batch=4, keep=72, lr=1e-3, tower_lr=2e-4, decay=1.0),
 }
 
 

@@ -15,17 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import sparse
-from demo.auxiliary import AuxiliaryHeads, Targets, scores, targets
+from demo.auxiliary import AuxiliaryHeads, RateReading, scores, targets
 from demo.decoding import answers
 from demo.muon import Muon
 from demo.network import SHAPE, computing, fresh_model, normalised
-from demo.packing import Pack, answer_losses, pack
+from demo.packing import Pack, Told, answer_losses, pack
 from demo.questions import FOREIGN_PROMPT, KINDS, Question, ask, correct
-from demo.samples import Sample, sample_at
+from demo.samples import Sample, rate_target, sample_at
 from demo.wordings import Kind
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM
 
@@ -44,6 +45,7 @@ _FOREIGN_SYSTEMS = (
     "",
 )
 _FOREIGN_SHARE = 0.06
+_READING = 6.0  # what the rate that the language model reads as a number counts
 _SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
 _QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "rate", "yes/no", "yes/no", "beyond")
 
@@ -104,6 +106,7 @@ class Trainer:
         self.network = self.model.network
         self.network.vision_tower.config._attn_implementation = "eager"  # on CPUs faster than the fused one at its size
         self.heads = AuxiliaryHeads(SHAPE.vision_hidden).to(self.model.device)
+        self.reading = RateReading(SHAPE.hidden).to(self.model.device)
         self.first = self.step = 0
         self.seconds = 0.0
         state = self._restored()
@@ -138,6 +141,7 @@ class Trainer:
         state: dict[str, Any] = torch.load(file, weights_only=True, map_location=self.model.device)
         self.network.load_state_dict(state["network"])
         self.heads.load_state_dict(state["heads"])
+        self.reading.load_state_dict(state["reading"])
         self.first = state["first"]
         return state
 
@@ -147,6 +151,7 @@ class Trainer:
             "stage": self.plan.stage,
             "network": self.network.state_dict(),
             "heads": self.heads.state_dict(),
+            "reading": self.reading.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
             "first": self.first,
             "step": self.step,
@@ -163,7 +168,11 @@ class Trainer:
         if stage != "read":
             modules |= {"tower": self.network.vision_tower, "heads": self.heads}
         if stage != "see":
-            modules |= {"language": self.network.language_model, "mm_projector": self.network.mm_projector}
+            modules |= {
+                "language": self.network.language_model,
+                "mm_projector": self.network.mm_projector,
+                "reading": self.reading,
+            }
         self.network.requires_grad_(False)
         for module in modules.values():
             module.requires_grad_(True)
@@ -217,12 +226,15 @@ class Trainer:
             hidden: Tensor = self.network.vision_tower(pixels).last_hidden_state
         return hidden[:, 1:].flatten(0, 1)
 
-    def _some_features(self, samples: Sequence[Sample], truth: Targets) -> tuple[Tensor, Targets]:
-        """Features and targets of ``keep`` patches of each tile."""
-        chosen = sparse.choose(samples, self._questions, self.plan.keep, beats_first=True)
+    def _some_features(self, samples: Sequence[Sample], chosen: Sequence[NDArray[np.int64]]) -> Tensor:
+        """The same of the chosen patches alone."""
+        pixels = [sparse.patch_pixels(sample, rows) for sample, rows in zip(samples, chosen, strict=True)]
         with computing(self.model.device):
-            features = sparse.encode(self.network, sparse.patch_pixels(samples, chosen), chosen)
-        return features.flatten(0, 1), truth.of(torch.from_numpy(chosen).flatten().to(self.model.device))
+            return sparse.encode(self.network, np.concatenate(pixels), np.concatenate(chosen)).flatten(0, 1)
+
+    def _choose(self, sample: Sample) -> NDArray[np.int64]:
+        """Patches to compute; in the first stage above all those with a beat, where alone some targets exist."""
+        return sparse.choose(sample, self._questions, self.plan.keep, beats_first=self.plan.stage == "see")
 
     def _sparse(self) -> bool:
         """Whether to leave out patches this time."""
@@ -230,22 +242,39 @@ class Trainer:
 
     def _losses(self, batch: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Tensor]:
         samples = [sample for sample, _ in batch]
-        losses: dict[str, Tensor] = {}
+        places: list[Tensor | None] = [None] * len(samples)
         if self.plan.stage == "read":
-            features = torch.cat([kept for _, kept in batch if kept is not None])
+            parts = [kept for _, kept in batch if kept is not None]
+            for index, sample in enumerate(samples):
+                if self._sparse():
+                    places[index] = place = self._tensor(self._choose(sample).ravel())
+                    parts[index] = parts[index][place]
+            return self._answer_losses(samples, parts, places)
+        truth, sizes = targets(samples, self.model.device), [_patches(sample) for sample in samples]
+        if self._sparse():
+            chosen = [self._choose(sample) for sample in samples]
+            features = self._some_features(samples, chosen)
+            starts = np.cumsum([0, *sizes[:-1]])
+            truth = truth.of(
+                self._tensor(np.concatenate([c.ravel() + at for c, at in zip(chosen, starts, strict=True)]))
+            )
+            places, sizes = [self._tensor(rows.ravel()) for rows in chosen], [rows.size for rows in chosen]
         else:
-            truth = targets(samples, self.model.device)
-            if self.plan.stage == "see" and self._sparse():
-                features, truth = self._some_features(samples, truth)
-            else:
-                features = self.features(samples)
-            losses, _ = self.heads(features, truth, len(samples))
-        if self.plan.stage != "see":
-            losses |= self._answer_losses(samples, features)
+            features = self.features(samples)
+        losses: dict[str, Tensor]
+        losses, _ = self.heads(features, truth, len(samples))
+        if self.plan.stage == "both":
+            losses |= self._answer_losses(samples, torch.split(features, sizes), places)
         return losses
 
-    def _answer_losses(self, samples: Sequence[Sample], features: Tensor) -> dict[str, Tensor]:
-        """What the answers' tokens cost, by kind of question."""
+    def _tensor(self, indices: NDArray[np.int64]) -> Tensor:
+        moved: Tensor = torch.from_numpy(indices).to(self.model.device)
+        return moved
+
+    def _answer_losses(
+        self, samples: Sequence[Sample], parts: Sequence[Tensor], places: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
+        """What the answers' tokens cost, by kind of question, and the rate that the language model reads."""
         asked: list[list[Question]] = []
         packs = []
         for sample in samples:
@@ -257,28 +286,25 @@ class Trainer:
             asked.append(questions)
             packs.append(pack(questions, self.model.tokenizer, system=system, image_tokens=_patches(sample)))
         totals: dict[str, list[Tensor]] = {}
-        for questions, (losses, owner, _) in zip(
-            asked, self._answered(samples, features, packs, sparsely=True), strict=True
-        ):
-            by_question = losses.new_zeros(len(questions)).index_add(0, owner, losses)
+        for sample, questions, told in zip(samples, asked, self._answered(parts, packs, places), strict=True):
+            by_question = told.losses_A.new_zeros(len(questions)).index_add(0, told.owner_A, told.losses_A)
             for question, loss in zip(questions, by_question, strict=True):
                 name = f"answer {question.kind}" if question.key else "foreign prompt"
                 totals.setdefault(name, []).append(loss)
+            of_rates = torch.tensor([question.kind == "rate" for question in questions], device=told.owner_A.device)
+            rate_hidden = told.inner_AD[of_rates[told.owner_A]]
+            if len(rate_hidden):
+                totals.setdefault("rate read", []).append(
+                    _READING * self.reading.losses(rate_hidden, rate_target(sample.diagnosis)).mean()
+                )
         return {name: torch.stack(values).sum() / (3 * len(samples)) for name, values in totals.items()}
 
     def _answered(
-        self, samples: Sequence[Sample], features: Tensor, packs: Sequence[Pack], *, sparsely: bool = False
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """:func:`answer_losses` on the images' features; ``sparsely`` leaves blank patches out of most images."""
-        parts = list(torch.split(features, [_patches(sample) for sample in samples]))
-        places: list[Tensor | None] = [None] * len(parts)
-        for index, sample in enumerate(samples):
-            if sparsely and self._sparse():
-                chosen = torch.from_numpy(sparse.choose([sample], self._questions, self.plan.keep).ravel())
-                places[index] = chosen = chosen.to(features.device)
-                parts[index] = parts[index][chosen]
+        self, parts: Sequence[Tensor], packs: Sequence[Pack], places: Sequence[Tensor | None] | None = None
+    ) -> list[Told]:
+        """:func:`answer_losses` on each image's features, or on those at some places."""
         with computing(self.model.device):
-            embedded = torch.split(self.network.mm_projector(torch.cat(parts)), [len(part) for part in parts])
+            embedded = torch.split(self.network.mm_projector(torch.cat([*parts])), [len(part) for part in parts])
             return answer_losses(self.network, embedded, packs, places)
 
     # --- progress ------------------------------------------------------------------------------------------------
@@ -306,9 +332,9 @@ class Trainer:
         for sample in samples:
             rng = np.random.default_rng(sample.index)
             packs.append(pack([ask(kind, sample.diagnosis, rng) for kind in KINDS], self.model.tokenizer))
-        for _, owner, hits in self._answered(samples, features, packs):
+        for told in self._answered(torch.split(features, [_patches(sample) for sample in samples]), packs):
             for number, kind in enumerate(KINDS):
-                right[kind] += float(hits[owner == number].all()) / len(samples)
+                right[kind] += float(told.right_A[told.owner_A == number].all()) / len(samples)
         return {f"exact {kind}": value for kind, value in right.items()} | {"rate": self._rates_right(samples)}
 
     def _rates_right(self, samples: Sequence[Sample]) -> float:

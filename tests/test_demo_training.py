@@ -20,7 +20,7 @@ from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
 from demo.packing import answer_losses, cross_entropy, pack
 from demo.questions import KINDS, ask, key_of
-from demo.samples import PATCH, SIDE, image_at, sample_at
+from demo.samples import PATCH, SIDE, diagnosis_at, image_at, rate_of, rate_target, sample_at
 from demo.signals import draw_ecg
 from demo.train import PLANS, main, stages_left
 from demo.training import PROGRESS, Trainer
@@ -47,10 +47,10 @@ def test_packed_questions_cost_what_each_costs_alone(model: LoadedModel) -> None
     with torch.no_grad():
         packs = [pack(questions, model.tokenizer) for questions in asked]
         together = answer_losses(model.network, features, packs)
-        for image, questions, (losses, owner, _) in zip(features, asked, together, strict=True):
+        for image, questions, told in zip(features, asked, together, strict=True):
             for number, question in enumerate(questions):
-                ((alone, *_),) = answer_losses(model.network, [image], [pack([question], model.tokenizer)])
-                torch.testing.assert_close(losses[owner == number], alone, atol=1e-4, rtol=1e-4)
+                (alone,) = answer_losses(model.network, [image], [pack([question], model.tokenizer)])
+                torch.testing.assert_close(told.losses_A[told.owner_A == number], alone.losses_A, atol=1e-4, rtol=1e-4)
 
 
 def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
@@ -64,11 +64,11 @@ def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
         lambda _, __, given: positions.append(given["position_ids"][0].tolist()), with_kwargs=True
     )
     with torch.no_grad():
-        ((whole, *_),) = answer_losses(model.network, [image], [packed])
-        ((same, *_),) = answer_losses(model.network, [image], [packed], [torch.arange(40)])
+        (whole,) = answer_losses(model.network, [image], [packed])
+        (same,) = answer_losses(model.network, [image], [packed], [torch.arange(40)])
         answer_losses(model.network, [image[::2]], [packed], [torch.arange(0, 40, 2)])
     hook.remove()
-    torch.testing.assert_close(same, whole)
+    torch.testing.assert_close(same.losses_A, whole.losses_A)
     start = len(packed.before)
     everything = list(range(start + 40 + len(packed.after)))
     half = [*everything[:start], *everything[start : start + 40 : 2], *everything[start + 40 :]]
@@ -172,20 +172,19 @@ def test_the_evaluation_decodes_as_the_endpoint_does() -> None:
 
 
 def test_the_tower_on_all_patches_is_the_tower(model: LoadedModel) -> None:
-    samples = [sample_at("train", 2), sample_at("train", 3)]
-    count = sum(len(sample.tiles_THWC) for sample in samples)
-    everything = np.arange(count * SIDE * SIDE).reshape(count, -1)
+    sample = sample_at("train", 2)
+    everything = np.arange(len(sample.tiles_THWC) * SIDE * SIDE).reshape(-1, SIDE * SIDE)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        some = sparse.encode(model.network, sparse.patch_pixels(samples, everything), everything)
-        pixels = normalised([sample.tiles_THWC for sample in samples], torch.device("cpu"))
+        some = sparse.encode(model.network, sparse.patch_pixels(sample, everything), everything)
+        pixels = normalised([sample.tiles_THWC], torch.device("cpu"))
         whole = model.network.vision_tower(pixels).last_hidden_state[:, 1:]
     assert (some - whole).abs().mean() < 0.02 * whole.abs().mean()
 
 
 def test_chosen_patches_are_those_with_a_trace_first() -> None:
-    samples = [sample_at("train", 2), sample_at("train", 3)]
-    chosen = sparse.choose(samples, np.random.default_rng(0), 40)
-    leads = np.concatenate([sample.patches.lead_TSS.ravel() for sample in samples])
+    sample = sample_at("train", 2)
+    chosen = sparse.choose(sample, np.random.default_rng(0), 40)
+    leads = sample.patches.lead_TSS.ravel()
     on_trace = (leads[chosen] > 0).sum(axis=1)
     available = (leads.reshape(-1, SIDE * SIDE) > 0).sum(axis=1)[chosen[:, 0] // (SIDE * SIDE)]
     assert (on_trace == np.minimum(available, 40)).all()
@@ -236,17 +235,22 @@ def test_a_rate_close_to_the_true_one_is_nearly_as_good(model: LoadedModel) -> N
     assert 1 > weights[101] == weights[99] > weights[103] > weights[106] > 0
 
 
-def test_patches_are_cut_from_their_own_image_in_the_order_of_the_tower() -> None:
-    samples = [sample_at("train", 2), sample_at("train", 3)]
-    tiles = np.concatenate([sample.tiles_THWC for sample in samples])
-    last = tiles.shape[0] - 1
+def test_patches_are_cut_in_the_order_of_the_tower() -> None:
+    sample = sample_at("train", 2)
+    tiles, last = sample.tiles_THWC, len(sample.tiles_THWC) - 1
     chosen = np.array([[0, 13], [last * SIDE * SIDE + 5, last * SIDE * SIDE + 30]])
-    pixels = sparse.patch_pixels(samples, chosen).reshape(2, 2, 3, PATCH, PATCH)
+    pixels = sparse.patch_pixels(sample, chosen).reshape(2, 2, 3, PATCH, PATCH)
     for row, tile in enumerate((0, last)):
         for column, place in enumerate(chosen[row] % (SIDE * SIDE)):
             top, left = place // SIDE * PATCH, place % SIDE * PATCH
             expected = tiles[tile, top : top + PATCH, left : left + PATCH].transpose(2, 0, 1)
             assert (pixels[row, column] == expected).all()
+
+
+def test_the_rates_target_is_the_rate() -> None:
+    for index in range(5):
+        diagnosis = diagnosis_at("train", index)
+        assert float(rate_of(torch.tensor(rate_target(diagnosis)))) == pytest.approx(diagnosis.rate, abs=1e-3)
 
 
 def test_the_cost_of_shares_is_their_cross_entropy() -> None:

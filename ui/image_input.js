@@ -10,6 +10,7 @@ import { tileLayout } from "./tiles.js";
 
 const ACCEPTED_BYTES = 20_000_000;
 const HEAD_BYTES = 12;
+const ADDRESS = /^(?:https?:\/\/\S+)?$/i;
 const SIGNATURES = {
   "image/jpeg": /^\xff\xd8\xff/,
   "image/png": /^\x89PNG\r\n\x1a\n/,
@@ -60,7 +61,9 @@ export class ImageInput extends EventTarget {
     byId("show-tiles").addEventListener("change", () => this.#drawTiles());
     document.addEventListener("paste", (event) => {
       const [file] = event.clipboardData.files;
-      if (!file) return;
+      // Office programs put a picture of copied text beside the text: in a field, the text is meant.
+      const text = event.target.matches?.("input, textarea") && event.clipboardData.types.includes("text/plain");
+      if (!file || text) return;
       event.preventDefault();
       this.#choose(file);
     });
@@ -72,6 +75,21 @@ export class ImageInput extends EventTarget {
     this.#busy = busy;
     byId("image-input").disabled = busy;
     byId("remove").disabled = busy;
+  }
+
+  /** Whether what is shown here can be sent; if not, says why, and the field is there to be put right. */
+  check() {
+    if (!ADDRESS.test(byId("image-url").value.trim())) {
+      say(byId("image-note"), "image.url.invalid");
+      byId("image-url").focus();
+      return false;
+    }
+    if (this.image?.file?.size > ACCEPTED_BYTES) {
+      say(byId("image-note"), "image.tooLarge", { size: this.image.file.size / 1e6 });
+      byId("remove").focus();
+      return false;
+    }
+    return true;
   }
 
   /** The whole page takes drops: a file let go beside the field would otherwise replace the page. */
@@ -107,7 +125,8 @@ export class ImageInput extends EventTarget {
       say(byId("image-note"), "image.unreadable");
       return;
     }
-    if (choice !== this.#choice) return; // another one was chosen meanwhile
+    // Meanwhile another one may have been chosen, or a question asked.
+    if (choice !== this.#choice || this.#refusedAsBusy()) return;
     // As on the server, the first bytes decide what a file is, not its name.
     const type = Object.keys(SIGNATURES).find((candidate) => SIGNATURES[candidate].test(head));
     if (!type) {
@@ -125,7 +144,7 @@ export class ImageInput extends EventTarget {
   #chooseUrl(text) {
     if (this.#refusedAsBusy()) return;
     const url = text.trim();
-    if (url && !/^https?:\/\/\S+$/i.test(url)) {
+    if (!ADDRESS.test(url)) {
       say(byId("image-note"), "image.url.invalid");
       return;
     }

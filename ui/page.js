@@ -31,6 +31,10 @@ function parameters() {
 
 function submit() {
   if (running) return;
+  if (!images.check()) {
+    say(byId("status"), "status.image");
+    return;
+  }
   const form = byId("composer");
   if (!form.checkValidity()) {
     byId("parameters").open = true; // what is folded in cannot show its message
@@ -74,6 +78,7 @@ async function run(turn) {
       remember(turn);
     } else {
       fail(turn, error);
+      if (turn.whole) remember(turn);
     }
   } finally {
     setRunning(null);
@@ -97,8 +102,8 @@ function show(turn, { type, data }) {
 }
 
 /** A question with an answer, complete or stopped, goes along with the next one. */
-function remember({ question, answer }) {
-  if (answer) history = [...history, { question, answer }];
+function remember({ question, answer, history: before }) {
+  if (answer) history = [...before, { question, answer }];
 }
 
 function setRunning(controller) {
@@ -117,8 +122,8 @@ function setRunning(controller) {
 function fail(turn, error) {
   if (!(error instanceof RequestFailed)) console.error(error);
   const unauthorised = error.status === 401; // the token's form asks again
-  turn.failed({ message: explanation(error), advice: advice(error), requestId: error.requestId, again: !unauthorised });
-  say(byId("status"), "status.failed");
+  turn.failed({ message: explanation(error, turn), advice: advice(error), requestId: error.requestId, again: !unauthorised });
+  say(byId("status"), turn.whole ? "status.answered" : "status.failed");
   if (!unauthorised) return;
   tokenWanted = true;
   byId("token-form").hidden = false;
@@ -126,7 +131,7 @@ function fail(turn, error) {
 }
 
 /** The server's own words where it had any, else a `[key, values]`. */
-function explanation({ kind, status, message }) {
+function explanation({ kind, status, message }, { whole }) {
   if (kind === "refused") {
     if (status === 401) return [token ? "error.401.wrong" : "error.401"];
     if (message) return message;
@@ -134,6 +139,7 @@ function explanation({ kind, status, message }) {
   }
   if (kind === "unreadable") return ["image.unreadable"];
   if (kind === undefined) return ["error.unexpected"];
+  if (kind === "broken" && whole) return ["error.broken.after"];
   return [navigator.onLine ? `error.${kind}` : "error.offline"];
 }
 

@@ -93,6 +93,8 @@ export const STRINGS = {
     "status.done": "Done.",
     "status.stopped": "Stopped.",
     "status.failed": "No complete answer.",
+    "status.answered": "The answer is complete, what follows it is not.",
+    "status.image": "Not sent: see the note at the image.",
 
     "commentary.title": "Turkish commentary",
     "commentary.waiting": "It follows the English answer.",
@@ -102,6 +104,7 @@ export const STRINGS = {
     "commentary.unavailable": "No commentary: this server could not load its commentary client.",
     "commentary.no_text": "No commentary: the answer was empty.",
     "commentary.cut": "No commentary: the answer was not completed.",
+    "commentary.ended": "No commentary: the request ended before it was written.",
     "commentary.by": "Written by {model} from the English answer, not from the image.",
     "commentary.warnings": "What the automatic check found:",
 
@@ -135,6 +138,7 @@ export const STRINGS = {
     "error.unreachable": "The server could not be reached.",
     "error.offline": "This device is offline. The question can be sent once it is connected again.",
     "error.broken": "The connection broke before the answer was complete.",
+    "error.broken.after": "The answer is complete; the connection broke before what follows it.",
     "error.status": "The server answered with HTTP status {status} and no message.",
     "error.unexpected": "Something in this page went wrong. Reload it and try again.",
     "error.401": "The server asks for an access token.",
@@ -240,6 +244,8 @@ export const STRINGS = {
     "status.done": "Bitti.",
     "status.stopped": "Durduruldu.",
     "status.failed": "Tam bir yanıt alınamadı.",
+    "status.answered": "Yanıt tamamlandı, ardından gelecekler tamamlanmadı.",
+    "status.image": "Gönderilmedi: görüntünün altındaki nota bakın.",
 
     "commentary.title": "Türkçe yorum",
     "commentary.waiting": "İngilizce yanıttan sonra gelir.",
@@ -249,6 +255,7 @@ export const STRINGS = {
     "commentary.unavailable": "Yorum yok: bu sunucu yorum istemcisini yükleyemedi.",
     "commentary.no_text": "Yorum yok: yanıt boştu.",
     "commentary.cut": "Yorum yok: yanıt tamamlanmadı.",
+    "commentary.ended": "Yorum yok: istek, yorum yazılmadan sona erdi.",
     "commentary.by": "Görüntüden değil, İngilizce yanıttan {model} tarafından yazıldı.",
     "commentary.warnings": "Otomatik denetimin bulguları:",
 
@@ -282,6 +289,7 @@ export const STRINGS = {
     "error.unreachable": "Sunucuya ulaşılamadı.",
     "error.offline": "Bu cihaz çevrimdışı. Bağlantı gelince soru gönderilebilir.",
     "error.broken": "Yanıt tamamlanmadan bağlantı koptu.",
+    "error.broken.after": "Yanıt tamamlandı; ardından gelecekler ulaşmadan bağlantı koptu.",
     "error.status": "Sunucu, ileti olmadan HTTP {status} durumuyla yanıt verdi.",
     "error.unexpected": "Bu sayfada bir şeyler ters gitti. Sayfayı yenileyip yeniden deneyin.",
     "error.401": "Sunucu bir erişim anahtarı istiyor.",

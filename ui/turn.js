@@ -7,6 +7,7 @@ const COUNTS = ["prompt_tokens", "image_tokens", "generated_tokens", "seed", "en
 export class Turn {
   element = document.getElementById("turn").content.firstElementChild.cloneNode(true);
   answer = "";
+  whole = false; // the answer is; its commentary may still be on its way
 
   /** `history` is what was asked and answered before, about the same image. */
   constructor({ question, image, history, onAgain }) {
@@ -19,6 +20,7 @@ export class Turn {
   /** Empties what an earlier attempt left. */
   begin({ commentary }) {
     this.answer = "";
+    this.whole = false;
     this.commented = commentary;
     this.#started = performance.now();
     this.#firstText = null;
@@ -42,8 +44,8 @@ export class Turn {
     this.#part(".answer .text").append(text);
   }
 
-  /** The answer is whole; its commentary may still be on its way. */
   answered(record) {
+    this.whole = true;
     this.#busy(false);
     if (!record.generated_text) this.#note("answer.empty");
     if (record.details?.finish_reason === "length") this.#note("answer.length");
@@ -57,7 +59,7 @@ export class Turn {
 
   stopped() {
     this.#busy(false);
-    this.#note("answer.stopped");
+    if (!this.whole) this.#note("answer.stopped");
     this.#cutCommentary();
   }
 
@@ -110,7 +112,8 @@ export class Turn {
   }
 
   #cutCommentary() {
-    if (!this.#part(".commentary .text").textContent) say(this.#part(".commentary .note"), "commentary.cut");
+    if (this.#part(".commentary .text").textContent) return;
+    say(this.#part(".commentary .note"), this.whole ? "commentary.ended" : "commentary.cut");
   }
 
   #showCommentary(record) {

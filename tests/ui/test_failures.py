@@ -84,6 +84,30 @@ def test_a_stream_that_breaks_off_is_no_answer(visit: Visit, server: UiServer) -
     expect(visit.ask().locator(".error .message")).to_contain_text("connection broke")
 
 
+@pytest.mark.parametrize("end", ["stop", "break"])
+def test_a_whole_answer_stays_whole_when_its_commentary_is_lost(visit: Visit, server: UiServer, end: str) -> None:
+    *before, record = events_of(["Sinus rhythm."], WHOLE)
+    with gate() as never:
+        server.play = lambda _: streamed([*before, never, record] if end == "stop" else before)
+        turn = visit.ask()
+        if end == "stop":
+            expect(visit.page.locator("#status")).to_contain_text("The answer is complete.")
+            visit.page.get_by_role("button", name="Stop").click()
+            expect(turn.locator(".answer .note")).to_be_hidden()
+        else:
+            expect(turn.locator(".error .message")).to_have_text(
+                "The answer is complete; the connection broke before what follows it."
+            )
+        expect(turn.locator(".commentary .note")).to_contain_text("ended before it was written")
+    server.play = lambda _: streamed(events_of(["Fine."], WHOLE))
+    if end == "break":
+        turn.get_by_role("button", name="Try again").click()
+        expect(turn.locator(".answer .text")).to_have_text("Fine.")
+    visit.answered("And now?")
+    said = "Fine." if end == "break" else "Sinus rhythm."
+    assert [m["content"] for m in server.bodies[-1]["inputs"]["messages"]] == [QUESTION, said, "And now?"]
+
+
 def test_a_server_that_is_gone_and_a_device_that_is_offline(visit: Visit) -> None:
     visit.failures_expected = True
     visit.page.route(f"{visit.server.url}/", lambda route: route.abort("connectionrefused"))

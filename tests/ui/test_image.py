@@ -45,11 +45,17 @@ def test_an_images_address_is_left_to_the_server(visit: Visit, server: UiServer)
     address.fill("ftp://example.org/ecg.png")
     address.blur()
     expect(visit.page.locator("#image-note")).to_contain_text("must begin with http")
+    not_sent(visit)
+    expect(address).to_be_focused()
     address.fill(" https://example.org/ecg.png ")
     address.blur()
     expect(visit.page.locator("#image-note")).to_contain_text("The server fetches the image.")
     visit.answered()
     assert server.bodies[0]["inputs"] == {"query": QUESTION, "image": "https://example.org/ecg.png"}
+    address.fill("example.org/another.png")
+    not_sent(visit)
+    assert len(server.bodies) == 1, "the field shows another address than the image that would be sent"
+    address.fill("https://example.org/ecg.png")
     visit.page.get_by_role("button", name="Remove").click()
     visit.answered()
     assert server.bodies[1]["inputs"] == {"query": QUESTION}
@@ -79,7 +85,7 @@ def test_what_is_no_image_is_refused_and_the_chosen_one_stays(visit: Visit) -> N
     expect(visit.page.locator("#preview")).to_be_visible()
 
 
-def test_a_large_file_is_warned_about_and_left_as_it_is(visit: Visit, server: UiServer) -> None:
+def test_a_large_file_is_refused_before_it_is_sent(visit: Visit, server: UiServer) -> None:
     visit.page.evaluate(
         """(head) => {
             const data = new DataTransfer();
@@ -89,8 +95,67 @@ def test_a_large_file_is_warned_about_and_left_as_it_is(visit: Visit, server: Ui
         [*png()],
     )
     expect(visit.page.locator("#image-note")).to_contain_text("This file has 20 MB; the server accepts 20 MB.")
+    not_sent(visit)
+    assert not server.bodies
+    visit.page.get_by_role("button", name="Remove").click()
     visit.answered()
-    assert len(server.bodies[0]["inputs"]["image"]) > 26_000_000
+
+
+def not_sent(visit: Visit) -> None:
+    """Ask, and be told that the image does not let the question go."""
+    visit.page.get_by_label("Your question").fill(QUESTION)
+    visit.page.get_by_role("button", name="Ask", exact=True).click()
+    expect(visit.page.locator("#status")).to_contain_text("see the note at the image")
+    visit.page.get_by_label("Your question").fill("")
+
+
+@pytest.mark.parametrize(("into", "shown"), [("#question", False), ("body", True)])
+def test_a_picture_of_copied_text_replaces_no_image(visit: Visit, into: str, shown: bool) -> None:
+    """Spreadsheets put one beside the text that is to be pasted into the question."""
+    visit.page.evaluate(
+        """([into, bytes]) => {
+            const data = new DataTransfer();
+            data.setData("text/plain", "82 bpm");
+            data.items.add(new File([Uint8Array.from(bytes)], "image.png", { type: "image/png" }));
+            const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData: data });
+            document.querySelector(into).dispatchEvent(event);
+        }""",
+        [into, [*png()]],
+    )
+    visit.page.wait_for_timeout(200)
+    expect(visit.page.locator("#preview")).to_be_visible(visible=shown)
+
+
+def test_an_image_that_is_still_being_read_comes_too_late_for_a_question(visit: Visit, server: UiServer) -> None:
+    """A file on a slow drive: its first bytes arrive when the question about another image is on its way."""
+    visit.choose(png())
+    expect(visit.page.locator("#preview")).to_be_visible()
+    visit.page.evaluate(
+        """(bytes) => {
+            const slow = new File([Uint8Array.from(bytes)], "slow.png", { type: "image/png" });
+            const head = slow.slice(0, 12);
+            const arrived = new Promise((resolve) => { window.arrive = resolve; });
+            head.arrayBuffer = () => arrived.then(() => Blob.prototype.arrayBuffer.call(head));
+            slow.slice = () => head;
+            const data = new DataTransfer();
+            const event = new DragEvent("drop", { bubbles: true, dataTransfer: data });
+            Object.defineProperty(event, "dataTransfer", {
+                value: { types: ["Files"], files: [slow], getData: () => "" },
+            });
+            document.body.dispatchEvent(event);
+        }""",
+        [*png(60, 30)],
+    )
+    with gate() as answered:
+        events = events_of(["Sinus rhythm."], WHOLE)
+        server.play = lambda _: streamed([events[0], answered, *events[1:]])
+        turn = visit.ask()
+        visit.page.evaluate("arrive()")
+        expect(visit.page.locator("#image-note")).to_contain_text("Wait for the answer")
+        answered.set()
+        expect(turn.locator(".facts")).to_be_visible()
+    expect(visit.page.locator("#remove")).to_be_visible()
+    assert visit.page.evaluate("document.getElementById('picture').naturalWidth") == 40
 
 
 def test_an_upright_image_is_what_is_tiled(visit: Visit) -> None:

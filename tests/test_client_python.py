@@ -69,7 +69,8 @@ def streamed(*pieces: bytes, then: Callable[[Exchange], None] = lambda exchange:
     """A stream sent in these pieces; ``then`` comes before its proper end."""
 
     def behave(exchange: Exchange) -> None:
-        exchange.wfile.write(b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        head = b"HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nX-Request-Id: r-2\r\n"
+        exchange.wfile.write(head + b"Transfer-Encoding: chunked\r\n\r\n")
         for piece in pieces:
             exchange.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
         then(exchange)
@@ -180,6 +181,9 @@ def test_a_batch_has_one_record_for_each_input(endpoint: PULSEEndpoint, server: 
     assert bodies(server)[0]["inputs"] == ["?", {"query": "?", "image": client.image_part(PNG)["image_url"]["url"]}]
     with pytest.raises(client.ReplyError, match="1 records instead of 2"):
         endpoint.analyze_batch(inputs)
+    with pytest.raises(TypeError, match="a list of inputs"):
+        endpoint.analyze_batch("What is the rhythm?")
+    assert len(server.requests) == 2
 
 
 def test_images_of_every_kind_are_sent(tmp_path: Path) -> None:
@@ -340,6 +344,37 @@ def test_a_host_that_is_not_there_is_tried_a_few_times(delays: list[tuple[int, f
     assert [attempt for attempt, _ in delays] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("asleep", [3, 4])
+def test_a_waking_host_that_is_gone_for_a_moment_is_asked_on(
+    asleep: int, delays: list[tuple[int, float | None]]
+) -> None:
+    outcomes = iter([503] * asleep + ["gone"] * 3 + [503, "gone", 200])
+
+    def behave(request: httpx2.Request) -> httpx2.Response:
+        outcome = next(outcomes)
+        if isinstance(outcome, int):
+            return httpx2.Response(outcome, json=[RECORD if outcome == 200 else ERROR_RECORD])
+        raise httpx2.ConnectError(outcome)
+
+    with PULSEEndpoint("https://example.org", TOKEN, transport=httpx2.MockTransport(behave)) as endpoint:
+        assert endpoint.analyze_text("?") == RECORD
+    assert len(delays) == asleep + 5
+
+
+def test_a_host_that_goes_while_it_wakes_is_given_up(delays: list[tuple[int, float | None]]) -> None:
+    def behave(request: httpx2.Request) -> httpx2.Response:
+        if len(delays) < 5:
+            return httpx2.Response(503, json=[ERROR_RECORD])
+        raise httpx2.ConnectError("gone")
+
+    with (
+        PULSEEndpoint("https://example.org", TOKEN, transport=httpx2.MockTransport(behave)) as endpoint,
+        pytest.raises(client.EndpointConnectionError),
+    ):
+        endpoint.analyze_text("?")
+    assert len(delays) == 9
+
+
 def test_no_wait_begins_that_the_deadline_would_cut_short(server: ChatServer) -> None:
     server.script = [refusal(503, "Retry-After: 20")]
     started = time.monotonic()
@@ -366,7 +401,8 @@ def test_retry_after_is_read_in_both_forms() -> None:
     soon = datetime.now(UTC) + timedelta(seconds=100)
     assert 90 < (read(format_datetime(soon, usegmt=True)) or 0) <= 100
     assert (read("120"), read(" 0 "), read("Fri, 31 Dec 1999 23:59:59 GMT")) == (120.0, 0.0, 0.0)
-    assert [read(value) for value in ("", "-1", "soon", "1.5")] == [None] * 4
+    for unread in ("", "-1", "soon", "1.5", f"Fri, 31 Dec {10**20} 23:59:59 GMT"):
+        assert read(unread) is None
     assert _retry.retry_after_s({}) is None
 
 
@@ -546,6 +582,7 @@ def test_an_error_in_the_stream_raises_with_its_status(endpoint: PULSEEndpoint, 
     with pytest.raises(client.ServerError, match="HTTP 504: No.") as caught:
         next(events)
     assert (caught.value.status, caught.value.records) == (504, [ERROR_RECORD])
+    assert caught.value.request_id == "r-2"
 
 
 @pytest.mark.parametrize("status", [400, 422])

@@ -60,7 +60,7 @@ const NOT_CONNECTED = new Set([
   "ENETUNREACH",
   "UND_ERR_CONNECT_TIMEOUT",
 ]);
-// A host that is not there after these many attempts is a wrong URL or a broken network, not a sleeping endpoint.
+// A host that is not there so many times in a row is a wrong URL or a broken network, not a sleeping endpoint.
 const MOST_CONNECTION_ATTEMPTS = 4;
 
 const SIGNATURES = {
@@ -99,15 +99,15 @@ export class PULSEEndpoint {
   }
 
   async analyzeText(text, parameters = {}, options = {}) {
-    return (await this.#records(text, { ...TEXT_DEFAULTS, ...parameters }, options))[0];
+    return (await this.#records(text, withDefaults(parameters, TEXT_DEFAULTS), options))[0];
   }
 
   async analyzeImageUrl(imageUrl, query, parameters = {}, options = {}) {
-    return (await this.#records({ query, image: imageUrl }, { ...IMAGE_DEFAULTS, ...parameters }, options))[0];
+    return (await this.#records({ query, image: imageUrl }, withDefaults(parameters, IMAGE_DEFAULTS), options))[0];
   }
 
   async analyzeImageBase64(imageFile, query, parameters = {}, options = {}) {
-    return (await this.#records({ query, image: imageFile }, { ...IMAGE_DEFAULTS, ...parameters }, options))[0];
+    return (await this.#records({ query, image: imageFile }, withDefaults(parameters, IMAGE_DEFAULTS), options))[0];
   }
 
   async chat(messages, parameters = {}, options = {}) {
@@ -115,6 +115,7 @@ export class PULSEEndpoint {
   }
 
   async analyzeBatch(inputs, parameters = {}, options = {}) {
+    if (typeof inputs === "string") throw new TypeError("analyzeBatch takes a list of inputs, not a string.");
     return this.#records([...inputs], parameters, options);
   }
 
@@ -162,12 +163,13 @@ export class PULSEEndpoint {
   /** A response with status 200 whose body is still to be read; asked for again while the endpoint sleeps. */
   async #post(call, content) {
     const text = JSON.stringify(content);
+    let unconnected = 0; // in a row
     for (let attempt = 1; ; attempt += 1) {
       const { response, error, retryAfterMs } = await this.#attempt(call, text);
       if (response) return response;
       const delayMs = delayBefore(attempt, retryAfterMs);
-      const unreachable = error.kind === "connection" && attempt === MOST_CONNECTION_ATTEMPTS;
-      if (unreachable || delayMs >= call.leftMs) throw error;
+      unconnected = error.kind === "connection" ? unconnected + 1 : 0;
+      if (unconnected === MOST_CONNECTION_ATTEMPTS || delayMs >= call.leftMs) throw error;
       this.#onRetry?.({ error, attempt, delayMs, leftMs: call.leftMs });
       await call.pause(delayMs);
     }
@@ -219,12 +221,13 @@ export class PULSEEndpoint {
 
   async *#events(call, response) {
     const decoder = new EventDecoder();
+    const requestId = response.headers.get("x-request-id") ?? undefined;
     const reader = response.body.getReader();
     for (;;) {
       const { done, value } = await this.#received(call, reader.read());
       if (done) break;
       for (const { name, data } of decoder.feed(value)) {
-        const event = streamEvent(name, data);
+        const event = streamEvent(name, data, requestId);
         if (event) yield event;
         if (event?.type === "record") return;
       }
@@ -332,6 +335,12 @@ async function plainInput(input) {
   return hasImage ? { ...input, image: await imageSource(input.image) } : input;
 }
 
+/** The parameters that are given, and the method's own for the others. */
+function withDefaults(parameters, defaults) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  return { ...defaults, ...Object.fromEntries(given) };
+}
+
 function wireParameters(parameters) {
   const wire = {};
   for (const [name, value] of Object.entries(parameters)) {
@@ -389,10 +398,13 @@ function base64(bytes) {
   return pieces.join("");
 }
 
-function checkedUrl(text) {
+function checkedUrl(given) {
+  const text = String(given).trim();
+  // A page may name a path of its own host; a host without its scheme must not become one.
+  const base = /^\.{0,2}\//.test(text) ? globalThis.location?.href : undefined;
   let url;
   try {
-    url = new URL(String(text).trim(), globalThis.location?.href); // a page may name a path of its own host
+    url = new URL(text, base);
   } catch {
     url = undefined;
   }
@@ -490,7 +502,7 @@ class EventDecoder {
 }
 
 /** The event as callers get it; undefined for one that a later version of the server may add. */
-function streamEvent(name, text) {
+function streamEvent(name, text, requestId) {
   const data = json(text);
   const isObject = typeof data === "object" && data !== null && !Array.isArray(data);
   if (name === "start" && isObject) return { type: "start", id: data.id, model: data.model };
@@ -498,7 +510,7 @@ function streamEvent(name, text) {
   if ((name === "answer" || name === "record") && isObject) return { type: name, record: data };
   if (name === "error" && Number.isInteger(data?.status)) {
     const { status, ...record } = data;
-    throw statusError(status, JSON.stringify([record]));
+    throw statusError(status, JSON.stringify([record]), requestId);
   }
   if (!["start", "text", "answer", "record", "error"].includes(name)) return undefined;
   throw new PULSEError(`The stream holds a malformed event of the kind '${name}'.`, { kind: "reply", status: 200 });

@@ -230,6 +230,23 @@ test("a host that is not there is tried a few times", async () => {
   assert.deepEqual(attempts, [1, 2, 3]);
 });
 
+test("a waking host that is gone for a moment is asked on, one that stays away is not", async () => {
+  const gone = () => Promise.reject(Object.assign(new TypeError("fetch failed"), { cause: { code: "ECONNREFUSED" } }));
+  const said = (status) => Promise.resolve(new Response(JSON.stringify([status === 200 ? RECORD : ERROR_RECORD]), { status }));
+  const outcomes = [503, 503, 503, 503, 0, 0, 0, 503, 0, 200, 503, 503, 503, 503, 503, 0, 0, 0, 0];
+  const endpoint = new PULSEEndpoint("https://example.org", TOKEN, {
+    fetch: () => {
+      const status = outcomes.shift();
+      return status ? said(status) : gone();
+    },
+  });
+  await withoutWaiting(async () => {
+    assert.deepEqual(await endpoint.analyzeText("?"), RECORD);
+    assert.equal((await failure(endpoint.analyzeText("?"))).kind, "connection");
+  });
+  assert.equal(outcomes.length, 0);
+});
+
 hosted("no wait begins that the deadline would cut short", async (host, endpoint) => {
   host.script = [refusal(503, { "Retry-After": "20" })];
   const error = await failure(endpoint.analyzeText("?", {}, { timeoutMs: 19_000 }));
@@ -311,6 +328,24 @@ test("a token or URL that cannot be one is refused unseen", () => {
   }
 });
 
+test("on a page, a path names its own host, and a host without a scheme is no path", async () => {
+  const asked = [];
+  const fetch = (url) => {
+    asked.push(url);
+    return Promise.resolve(new Response(JSON.stringify([RECORD]), { status: 200 }));
+  };
+  globalThis.location = { href: "https://page.example.org/app/" };
+  try {
+    for (const url of ["", "xyz.endpoints.huggingface.cloud", undefined, "localhost:8080"]) {
+      assert.throws(() => new PULSEEndpoint(url, TOKEN, { fetch }), /URL/, String(url));
+    }
+    for (const url of ["/pulse", "./pulse", "../pulse"]) await new PULSEEndpoint(url, TOKEN, { fetch }).analyzeText("?");
+  } finally {
+    delete globalThis.location;
+  }
+  assert.deepEqual(asked, ["pulse", "app/pulse", "pulse"].map((path) => `https://page.example.org/${path}`));
+});
+
 hosted("without a token none is sent", async (host) => {
   for (const token of [undefined, null, "", " \n"]) await new PULSEEndpoint(host.url, token).analyzeText("?");
   assert.ok(host.requests.every(({ headers }) => headers.authorization === undefined));
@@ -370,6 +405,7 @@ hosted("an error in the stream rejects with its status", async (host, endpoint) 
   await stream.next();
   const error = await failure(stream.next());
   assert.deepEqual([error.message, error.status, error.records], ["HTTP 504: No.", 504, [ERROR_RECORD]]);
+  assert.equal(error.requestId, "r-2");
 });
 
 hosted("a stream waits for a sleeping endpoint but never begins twice", async (host, endpoint) => {

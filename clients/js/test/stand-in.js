@@ -83,7 +83,7 @@ export const EVENTS = [
 /** A stream of these pieces; `then` comes before its proper end, and may leave that out by returning false. */
 export function streamed(pieces, then = () => true) {
   return async (response, request) => {
-    response.writeHead(200, { "Content-Type": "text/event-stream" });
+    response.writeHead(200, { "Content-Type": "text/event-stream", "X-Request-Id": "r-2" });
     for (const piece of pieces) response.write(piece);
     if ((await then(response, request)) !== false) response.end();
   };

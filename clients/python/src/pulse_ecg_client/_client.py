@@ -147,6 +147,8 @@ class AsyncPULSEEndpoint:
         Where every input failed, our own server says so with its status: then this raises, and the error's
         ``records`` are theirs.
         """
+        if isinstance(inputs, str):
+            raise TypeError("analyze_batch takes a list of inputs, not a string.")
         return await self._records(list(inputs), parameters, timeout)
 
     def stream(
@@ -184,11 +186,11 @@ class AsyncPULSEEndpoint:
             yield event
 
     async def _events(self, response: httpx2.Response, deadline: Deadline) -> AsyncGenerator[StreamEvent, None]:
-        decoder = EventDecoder()
+        decoder, request_id = EventDecoder(), response.headers.get("x-request-id")
         async with aclosing(self._connection.pieces(response, deadline)) as pieces:
             async for piece in pieces:
                 for received in decoder.feed(piece):
-                    if (event := stream_event(received)) is not None:
+                    if (event := stream_event(received, request_id)) is not None:
                         yield event
                     if isinstance(event, RecordEvent):
                         return

@@ -101,7 +101,7 @@ class Connection:
             EndpointConnectionError: no connection in several attempts, or one that broke.
             DeadlineError: no reply in time.
         """
-        attempt = 0
+        attempt = unconnected = 0  # the latter in a row
         while True:
             attempt += 1
             async with deadline.bounded():
@@ -109,8 +109,8 @@ class Connection:
             if not isinstance(outcome, _Failure):
                 return outcome
             delay = retry.delay_s(attempt, outcome.retry_after_s)
-            unreachable = outcome.error.status is None and attempt == retry.MOST_CONNECTION_ATTEMPTS
-            if unreachable or delay >= deadline.left_s:
+            unconnected = unconnected + 1 if outcome.error.status is None else 0
+            if unconnected == retry.MOST_CONNECTION_ATTEMPTS or delay >= deadline.left_s:
                 raise outcome.error
             logger.info("%s Trying again in %.1f s; %.0f s left.", outcome.error, delay, deadline.left_s)
             await asyncio.sleep(delay)

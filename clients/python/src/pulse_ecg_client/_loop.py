@@ -25,7 +25,7 @@ class LoopThread:
     def __init__(self, farewell: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """``farewell`` runs last of all, in the loop."""
         self._farewell = farewell
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collected while it is held may submit too
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
         self._stop: Callable[[], object] | None = None

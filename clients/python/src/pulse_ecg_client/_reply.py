@@ -85,7 +85,7 @@ class EventDecoder:
         return ServerSentEvent(event or "message", "\n".join(data)) if data else None
 
 
-def stream_event(received: ServerSentEvent) -> StreamEvent | None:
+def stream_event(received: ServerSentEvent, request_id: str | None = None) -> StreamEvent | None:
     """The protocol's event; None for one that a later version of the server may add.
 
     Raises:
@@ -94,12 +94,12 @@ def stream_event(received: ServerSentEvent) -> StreamEvent | None:
     """
     try:
         data = json.loads(received.data)
-        return _known_event(received.event, data)
+        return _known_event(received.event, data, request_id)
     except (ValueError, KeyError, TypeError):
         raise ReplyError(f"The stream holds a malformed event of the kind {received.event[:40]!r}.") from None
 
 
-def _known_event(kind: str, data: dict[str, Any]) -> StreamEvent | None:
+def _known_event(kind: str, data: dict[str, Any], request_id: str | None) -> StreamEvent | None:
     if kind == "start":
         return StartEvent(id=str(data["id"]), model=str(data["model"]))
     if kind == "text":
@@ -111,7 +111,7 @@ def _known_event(kind: str, data: dict[str, Any]) -> StreamEvent | None:
     if kind == "error":
         status = int(data["status"])
         record = {name: value for name, value in data.items() if name != "status"}
-        raise status_error(status, json.dumps([record], ensure_ascii=False))
+        raise status_error(status, json.dumps([record], ensure_ascii=False), request_id=request_id)
     return None
 
 

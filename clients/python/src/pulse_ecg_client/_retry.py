@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 
 # The endpoint did not begin to answer: it is busy (429), has no replica yet, or sleeps (502, 503).
 RETRIED_STATUSES = frozenset({429, 502, 503})
-# A host that is not there after these many attempts is a wrong URL or a broken network, not a sleeping endpoint.
+# A host that is not there so many times in a row is a wrong URL or a broken network, not a sleeping endpoint.
 MOST_CONNECTION_ATTEMPTS = 4
 
 _FIRST_DELAY_S = 0.5
@@ -34,8 +34,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         return float(value)
     try:
         moment = parsedate_to_datetime(value)
-    except ValueError:
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parent
 if str(_ROOT) not in sys.path:
     sys.path.insert(0, str(_ROOT))
 
-from pulse_ecg.admission import Admission  # noqa: E402
+from pulse_ecg.admission import Admission, Presence  # noqa: E402
 from pulse_ecg.analyzer import Analysis, EcgAnalyzer, PreparedRequest  # noqa: E402
 from pulse_ecg.call import (  # noqa: E402
     PROCESSING_METHOD,
@@ -125,12 +125,13 @@ class EndpointHandler:
         try:
             inputs, parameters = split_inputs(data)
             params = self._defaults.updated(parameters)
-            with self._admission.admitted(call.cancel):
+            with self._admission.admitted(call.cancel) as present:
                 self.monitor.observe_batch(len(inputs))
-                attempts = [_Attempt(item, params, call, self._report(call, len(inputs)), arrived) for item in inputs]
+                report = partial(self._report, call, len(inputs))
+                attempts = [_Attempt(item, params, call, report(), arrived, present) for item in inputs]
                 _side_by_side(self._answer, attempts, at_once=self._settings.max_concurrent_requests)
         except PulseError as error:
-            return [self._refused(error, call, arrived) for _ in inputs]
+            return [self._refused(error, call, arrived, batch_size=len(inputs)) for _ in inputs]
         if params.enable_turkish_commentary:
             self._comment(attempts, call)
         return [self._complete(attempt) for attempt in attempts]
@@ -156,7 +157,8 @@ class EndpointHandler:
     def _place(self, attempt: _Attempt) -> Iterator[None]:
         """A place among the running answers; the wait for it counts as queueing."""
         call, waiting = attempt.call, time.perf_counter()
-        with self._admission.place(cancel=call.cancel, deadline=call.deadline), self.monitor.active():
+        place = self._admission.place(attempt.present, cancel=call.cancel, deadline=call.deadline)
+        with place, self.monitor.active():
             attempt.report.timings_s["queue"] += time.perf_counter() - waiting
             yield
 
@@ -179,7 +181,9 @@ class EndpointHandler:
         seconds = time.perf_counter() - started
         for (attempt, analysis), commentary in zip(answered, commentaries, strict=True):
             attempt.commentary, report = commentary, attempt.report
-            report.timings_s["commentary"] = analysis.timings["commentary"] = seconds
+            analysis.timings["commentary"] = seconds
+            if commentary.status in ("success", "failed"):  # else nothing was asked for
+                report.timings_s["commentary"] = seconds
             report.commentary_status, report.commentary_tokens = commentary.status, commentary.tokens_spent
             if call.cancel.is_set():
                 attempt.error = RequestCancelledError("The request was cancelled while it waited for its commentary.")
@@ -228,9 +232,10 @@ class EndpointHandler:
             "model_revision": self._analyzer.model.revision,
         }
 
-    def _refused(self, error: PulseError, call: Call, arrived: float) -> Outcome:
+    def _refused(self, error: PulseError, call: Call, arrived: float, *, batch_size: int) -> Outcome:
         """What comes of an input whose request was refused as a whole."""
-        return self._complete(_Attempt(None, self._defaults, call, self._report(call, 1), arrived, error=error))
+        report = self._report(call, batch_size)
+        return self._complete(_Attempt(None, self._defaults, call, report, arrived, error=error))
 
     def _report(self, call: Call, batch_size: int) -> RequestReport:
         return RequestReport(
@@ -250,6 +255,7 @@ class _Attempt:
     call: Call
     report: RequestReport
     arrived: float
+    present: Presence | None = None
     analysis: Analysis | None = None
     commentary: Commentary | None = None
     error: PulseError | None = None
@@ -286,7 +292,9 @@ def _note(report: RequestReport, analysis: Analysis) -> None:
     if prompt.image:
         report.image_width, report.image_height = prompt.image.size
     report.timings_s |= {
-        _MONITORED_STAGES.get(stage, stage): s for stage, s in analysis.timings.items() if stage != "decode"
+        _MONITORED_STAGES.get(stage, stage): seconds
+        for stage, seconds in analysis.timings.items()
+        if stage != "decode" and seconds > 0  # a stage that there was not would make the others look shorter
     }
     if len(generation.token_ids) > 1:  # the first token comes with the prefill
         report.timings_s["token"] = analysis.timings["decode"] / (len(generation.token_ids) - 1)

@@ -28,7 +28,7 @@ from monitoring.report import (
 
 logger = logging.getLogger("pulse.requests")
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _QUANTILES = (0.5, 0.95, 0.99)
 _TOKEN_KINDS = ("prompt", "image", "generated", "commentary")

@@ -11,7 +11,7 @@ from typing import Any
 
 FORMS = ("text", "object", "chat", "image", "unknown")
 IMAGE_SOURCES = ("none", "url", "data_uri", "base64", "raw", "pil")
-OUTCOMES = ("ok", "malformed", "invalid", "too_large", "busy", "loading", "timeout", "cancelled", "fault")
+OUTCOMES = ("ok", "malformed", "invalid", "too_large", "busy", "unavailable", "timeout", "cancelled", "fault")
 COMMENTARY_STATUSES = ("success", "failed", "unavailable", "api_key_missing", "no_text", "off")
 FINISH_REASONS = ("stop", "eos", "length")
 STAGES = ("queue", "fetch", "decode", "preprocess", "vision", "prefill", "token", "commentary", "total")
@@ -24,7 +24,7 @@ _OUTCOME_BY_STATUS = {
     422: "invalid",
     429: "busy",
     499: "cancelled",
-    503: "loading",
+    503: "unavailable",
     504: "timeout",
 }
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

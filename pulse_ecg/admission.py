@@ -12,6 +12,14 @@ from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.errors import DeadlineExceededError, QueueFullError, RequestCancelledError
 
 
+class Presence:
+    """A request that is present; ``places`` says how many of its answers are generated now."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.places = 0
+
+
 class Admission:
     """Two bounds.  A request is *present* from its arrival to its last English answer; an answer has a *place* while it
     is generated, and waits for one in order of arrival.
@@ -24,7 +32,7 @@ class Admission:
         """``concurrent`` places, and as many requests present as have one, and ``queued`` more."""
         self.concurrent, self.queued = concurrent, queued
         self._free = concurrent
-        self._present = 0
+        self._present = set[Presence]()
         self._waiters: deque[_Waiter] = deque()
         self._lock = Lock()
 
@@ -36,15 +44,16 @@ class Admission:
     @property
     def waiting(self) -> int:
         """Requests that are present and have no place: their image is on its way, or the places are taken."""
-        return max(0, self._present - self.running)
+        with self._lock:
+            return sum(not request.places for request in self._present)
 
     @property
     def full(self) -> bool:
         """Whether one more request would be refused."""
-        return self._present >= self.concurrent + self.queued
+        return len(self._present) >= self.concurrent + self.queued
 
     @contextmanager
-    def admitted(self, cancel: Cancellation | None = None) -> Iterator[None]:
+    def admitted(self, cancel: Cancellation | None = None) -> Iterator[Presence]:
         """Be present while the block runs, or until ``cancel`` is set, should the block take longer to notice.
 
         Raises:
@@ -53,26 +62,26 @@ class Admission:
         with self._lock:
             if self.full:
                 raise QueueFullError("Too many requests are waiting; try again in a few seconds.")
-            self._present += 1
-        present = [True]
+            self._present.add(request := Presence())
 
         def leave() -> None:
             with self._lock:
-                if present:
-                    present.clear()
-                    self._present -= 1
+                self._present.discard(request)
 
         try:
             with (cancel or Cancellation()).calling(leave):
-                yield
+                yield request
         finally:
             leave()
 
     @contextmanager
-    def place(self, *, cancel: Cancellation | None = None, deadline: float | None = None) -> Iterator[None]:
+    def place(
+        self, request: Presence | None = None, *, cancel: Cancellation | None = None, deadline: float | None = None
+    ) -> Iterator[None]:
         """Hold a place while the block runs, waiting for one if need be: first come, first served.
 
         Args:
+            request: what the answer belongs to.
             cancel: once set, the wait is over.
             deadline: a reading of ``time.monotonic()`` at which it is over too.
 
@@ -90,11 +99,22 @@ class Admission:
                 raise RequestCancelledError("The request was cancelled while it waited.")
             if not waiter.placed or (deadline is not None and time.monotonic() > deadline):
                 raise DeadlineExceededError("The request's turn did not come in time; try again later.")
-            yield
+            with self._counted(request or Presence()):
+                yield
         finally:
             self._settle(waiter)
             if waiter.placed:
                 self._give_back()
+
+    @contextmanager
+    def _counted(self, request: Presence) -> Iterator[None]:
+        with self._lock:
+            request.places += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                request.places -= 1
 
     def _enqueued(self) -> _Waiter:
         waiter = _Waiter()

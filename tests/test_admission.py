@@ -26,7 +26,7 @@ class Work:
         self.go = threading.Event()
 
     def __call__(self) -> str:
-        with self.admission.admitted(), self.admission.place():
+        with self.admission.admitted() as request, self.admission.place(request):
             self.entered.release()
             assert self.go.wait(PATIENCE)
             return "done"
@@ -81,9 +81,17 @@ def test_without_a_queue_nobody_waits() -> None:
 def test_who_is_present_without_a_place_takes_none_from_others() -> None:
     admission = Admission(1, 1)
     with admission.admitted():  # its image is on its way
-        with admission.admitted(), admission.place():
+        with admission.admitted() as request, admission.place(request):
             assert (admission.running, admission.waiting) == (1, 1)
         assert (admission.running, admission.waiting) == (0, 1)
+
+
+def test_who_waits_is_counted_whatever_the_others_hold() -> None:
+    admission = Admission(3, 5)
+    with admission.admitted() as batch, admission.admitted():
+        with admission.place(batch), admission.place(batch), admission.place(batch):
+            assert (admission.running, admission.waiting) == (3, 1)
+        assert (admission.running, admission.waiting) == (0, 2)
 
 
 def test_places_go_to_those_who_came_first() -> None:

@@ -245,9 +245,11 @@ def test_a_bad_item_leaves_the_others_alone(handler: Any) -> None:
     assert ["error" in record for record in records] == [False, True, True, True, False]
 
 
-def test_a_bad_parameter_gives_an_error_for_each_input(handler: Any) -> None:
+def test_a_bad_parameter_gives_an_error_for_each_input(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pulse.requests")
     records = ask(handler, ["a", "b", "c"], top_p=7)
     assert [list(record) for record in records] == [ERROR_FIELDS] * 3
+    assert [json.loads(line.getMessage())["batch_size"] for line in caplog.records] == [3] * 3
 
 
 def test_commentaries_of_a_batch_are_asked_for_side_by_side(handler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +342,16 @@ def test_the_monitor_counts_what_happened(handler: Any, sample_png: bytes) -> No
     text = handler.monitor.prometheus_text()
     assert 'pulse_stage_seconds_count{stage="prefill"}' in text
     assert 'image="base64"' in text
+
+
+def test_only_stages_that_there_were_are_timed(handler: Any) -> None:
+    def counts() -> dict[str, float]:
+        return {name: stage["count"] for name, stage in handler.monitor.snapshot()["stages"].items()}
+
+    before = counts()
+    ask(handler, "Rate?", enable_turkish_commentary=True)  # without a key: none is asked for
+    grown = {name for name, count in counts().items() if count > before.get(name, 0)}
+    assert grown == {"queue", "prefill", "token", "total"}
 
 
 def test_the_queue_and_batch_gauges_follow_the_requests(handler: Any) -> None:

@@ -14,6 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.report import STAGES
+from pulse_ecg.config import Settings
+from server.service import Service
+from server.settings import ServerSettings
 from utils import PerformanceMonitor, RequestReport, new_request_id, outcome_of
 
 THREADS, REQUESTS = 16, 10_000
@@ -135,7 +138,10 @@ def test_request_ids() -> None:
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     monitor = PerformanceMonitor(gpu_memory=lambda: {"allocated": 1})
     drive(monitor, 16)
-    exposed = set(re.findall(r"^(\w+)", monitor.prometheus_text(), re.MULTILINE))
+    service = Service(ServerSettings(port=0), Settings())
+    service.entered()
+    service.left("/", 429)
+    exposed = set(re.findall(r"^(\w+)", monitor.prometheus_text() + service.metrics(), re.MULTILINE))
     dashboard = json.loads((ROOT / "deploy" / "grafana_dashboard.json").read_text("utf-8"))
     asked = {
         name

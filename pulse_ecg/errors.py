@@ -30,6 +30,7 @@ address, an object's repr, a traceback, or more than a few characters of what th
 from __future__ import annotations
 
 import difflib
+import math
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -151,7 +152,8 @@ def excerpt(value: object, limit: int = 24) -> str:
         # Written without str(): Python refuses to print integers of more than 4,300 digits.
         return str(value) if value.bit_length() <= 64 else "a very large number"
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return repr(value) if math.isfinite(value) and float(short) != value else short
     if isinstance(value, str):
         shown = "".join(c if c.isprintable() else "?" for c in value[:limit])
         return f"'{shown}…'" if len(value) > limit else f"'{shown}'"

@@ -3,7 +3,8 @@
     python scripts/check_commentary_service.py --base-url http://127.0.0.1:8000/v1 --model my-model
 
 The key comes from ``deep_key`` or ``DEEPSEEK_API_KEY``; a self-hosted service that wants none gets "none".
-The last line is one JSON document.  Exit status: 0 commentary accepted, 1 answered but not accepted, 2 no answer.
+The last line is one JSON document.  Exit status: 0 commentary accepted, 1 answered but not accepted, 2 no answer, or a
+variable with a value that cannot be used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pulse_ecg.config import Settings
+from pulse_ecg.errors import ConfigurationError
 from utils import DeepSeekClient
 
 EXAMPLE = "Sinus bradycardia at 48 bpm with first-degree AV block (PR 220 ms). No ST elevation."
@@ -32,7 +34,10 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=30.0, help="total seconds, retries included")
     asked = parser.parse_args()
 
-    settings = Settings.from_env()
+    try:
+        settings = Settings.from_env()
+    except ConfigurationError as error:
+        parser.error(str(error))
     settings = replace(
         settings,
         commentary_key=settings.commentary_key or "none",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import mimetypes
 import os
@@ -137,11 +138,10 @@ _open = urllib.request.build_opener(_NoRedirects).open
 
 
 def post(url: str, body: bytes, *, content_type: str, token: str | None, timeout_s: float) -> tuple[int, Json]:
-    """Status and JSON of one POST.
+    """Status and JSON of one POST; None where the answer is no JSON.
 
     Raises:
-        OSError: no answer.
-        ValueError: the answer is no JSON.
+        OSError, HTTPException: no answer, or a broken one.
     """
     headers = {"Content-Type": content_type, "Accept": "application/json"}
     if token:
@@ -149,10 +149,17 @@ def post(url: str, body: bytes, *, content_type: str, token: str | None, timeout
     request = urllib.request.Request(url, data=body, headers=headers, method="POST")
     try:
         with _open(request, timeout=timeout_s) as response:
-            return response.status, json.loads(response.read())
+            return response.status, _json(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, json.loads(error.read())
+            return error.code, _json(error.read())
+
+
+def _json(body: bytes) -> Json:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
 
 
 def send(
@@ -324,8 +331,8 @@ def run(
             outcome[name] = None
             sys.stdout.write(f"skip  {name}: {reason}\n")
             continue
-        except (OSError, ValueError) as error:
-            found = [f"no JSON answer ({type(error).__name__})"]
+        except (OSError, http.client.HTTPException) as error:
+            found = [f"no answer ({type(error).__name__})"]
         outcome[name] = found
         seconds = time.perf_counter() - started
         sys.stdout.write(f"{'FAIL' if found else 'pass'}  {name}  {seconds:.2f} s\n")
@@ -336,7 +343,9 @@ def run(
 
 def wait_until_up(url: str, *, token: str | None, seconds: float) -> None:
     """Wait while the endpoint answers 503 or not at all, as it does while it starts; at most ``seconds``."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    # Our own server answers other paths while it loads; a host without this one answers 404, and is up.
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=headers)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -346,7 +355,7 @@ def wait_until_up(url: str, *, token: str | None, seconds: float) -> None:
             with error:
                 if error.code != 503:
                     return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         sys.stdout.write("not up yet\n")
         sys.stdout.flush()

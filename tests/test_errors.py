@@ -68,6 +68,7 @@ def test_statuses_are_the_contracts() -> None:
         (-(2**63), "-9223372036854775808"),
         (10**5000, "a very large number"),
         (0.1, "0.1"),
+        (2.0000001, "2.0000001"),
         (float("nan"), "nan"),
         (float("-inf"), "-inf"),
         ("abc", "'abc'"),

@@ -14,7 +14,7 @@ import pytest
 from pulse_ecg.params import _READERS
 from scripts import send_test_requests as sender
 from tests.endpoint_server import EndpointServer, demo_handler, endpoint_server
-from tests.servers import ImageHost, answer, redirect
+from tests.servers import Behaviour, ImageHost, answer, raw, redirect
 
 CASES = sender.load_cases()
 TOKEN = "hf_test_only"
@@ -147,12 +147,41 @@ def test_no_answer_is_a_failure(image: Path, capsys: pytest.CaptureFixture[str])
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        (answer(b"<h1>Bad gateway</h1>", line="502 Bad Gateway"), "HTTP 502 with something that is no list"),
+        (answer(b"[{}", length=100), "no answer (IncompleteRead)"),
+        (raw(b"nonsense\r\n\r\n"), "no answer (BadStatusLine)"),
+    ],
+)
+def test_a_broken_answer_is_a_failure_that_says_how(
+    behaviour: Behaviour, told: str, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(ImageHost({"/": behaviour})) as host:
+        sender.run(CASES[:1], sender.sample_of(image, None), url=host.url(), token=None, timeout_s=5)
+    assert told in capsys.readouterr().out
+
+
+def test_a_server_that_loads_is_waited_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours tells its root's GET to ask differently from the first moment on."""
+    with closing(ImageHost({"/": answer(b"", line="405 No"), "/health": answer(b"", line="503 Loading")})) as host:
+
+        def loaded(_: float) -> None:
+            host.pages["/health"] = answer(b"{}")
+
+        monkeypatch.setattr(sender.time, "sleep", loaded)
+        sender.wait_until_up(host.url(), token=None, seconds=5)
+        assert [head.split()[1] for head in host.requests] == ["/health", "/health"]
+    assert capsys.readouterr().out == "not up yet\n"
+
+
 @pytest.mark.parametrize("code", [302, 307, 308])
 def test_a_redirect_does_not_take_the_token_elsewhere(
     code: int, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with closing(ImageHost({"/": answer(b"{}")})) as elsewhere, closing(ImageHost({})) as host:
-        host.pages["/"] = redirect(elsewhere.url(), code)
+        host.pages["/"] = host.pages["/health"] = redirect(elsewhere.url(), code)
         sender.wait_until_up(host.url(), token="secret", seconds=5)
         outcome = sender.run(CASES[:1], sender.sample_of(image, None), url=host.url(), token="secret", timeout_s=5)
         assert host.requests and not elsewhere.requests

@@ -191,7 +191,8 @@ class Bench:
         """Of the device; nothing on the CPU."""
         if self._model.device.type != "cuda":
             return {}
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
+        device = self._model.device
+        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
         return {"peak": peak, "reserved": reserved}
 
     def _stream(self, kind: Kind, callers: int) -> list[Streamed]:
@@ -249,6 +250,8 @@ def main() -> None:
         del os.environ[name]
     limits = device_limits.measure(device, dtype)
     print(f"limits: {limits}", flush=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what the limits took is no part of it
     started = time.perf_counter()
     model = random_model(TINY if options.tiny else Sizes(layers=options.layers), device=device, dtype=dtype)
     device_limits.synchronize(device)

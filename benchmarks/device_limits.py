@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import torch
 from pulse_ecg.checkpoint_config import CheckpointConfig
 from pulse_ecg.model import PulseModel
 
-# Memory bandwidth (bytes/s) and dense float16 matrix rate (FLOP/s) by the vendor's data sheets; the first name that
-# is part of the device's own counts.
+# Memory bandwidth (bytes/s) and dense float16 matrix rate (FLOP/s) by the vendor's data sheets; the first whose words
+# are among the device's own counts.
 DATA_SHEETS = (
     ("H200", 4.8e12, 989e12),
     ("H100 PCIe", 2.0e12, 756e12),
@@ -51,7 +52,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Limits:
     product = torch.empty_like(a)
     product_s = _seconds(lambda: torch.mm(a, b, out=product), device)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    sheet = next(((b, r) for part, b, r in DATA_SHEETS if part in name), (None, None))
+    sheet = next(((b, r) for part, b, r in DATA_SHEETS if re.search(rf"\b{part}\b", name)), (None, None))
     return Limits(name, 2 * count / copy_s, 2 * side**3 / product_s, *sheet)
 
 

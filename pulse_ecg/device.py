@@ -39,10 +39,13 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+_NO_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # the last is how CUDA's libraries say it
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says so.  CPU torch and the CUDA driver raise a bare RuntimeError for it."""
+    """Whether it says so.  CPU torch, the CUDA driver and CUDA's libraries raise a bare RuntimeError for it."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory"))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
@@ -184,6 +185,24 @@ def test_ends_of_all_kinds_at_once(ahead: bool, whole: bool) -> None:
     assert found[3].token_ids == free[3].token_ids[: free[3].token_ids.index(ending) + 1]
     assert found[4].token_ids == free[0].token_ids[:2]
     assert found[5] == free[0]
+
+
+def test_what_was_computed_reaches_its_caller_though_the_next_step_fails() -> None:
+    model = engine_model("flat")
+    engine, steps = SteppedEngine(model, slots=2, ahead=True), itertools.count(1)
+
+    def fail(stage: str, _: object) -> None:
+        if stage == "decode" and next(steps) == 2:
+            raise RuntimeError("a bug")
+
+    engine.hook = fail
+    short, long = (
+        engine.ask(ask_about(model, "Rate?", params=replace(GREEDY, max_new_tokens=count))) for count in (2, 9)
+    )
+    engine.finish()
+    assert [step.finish_reason for step in short.receive()] == [None, "length"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(long.receive())
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -121,7 +121,11 @@ def out_of_cpu_memory(*_: object, **__: object) -> torch.Tensor:
     return torch.empty(10**15)  # torch's own refusal, in its own words
 
 
-@pytest.mark.parametrize("forward", [out_of_gpu_memory, out_of_cpu_memory])
+def out_of_library_memory(*_: object, **__: object) -> torch.Tensor:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)` at /secret")
+
+
+@pytest.mark.parametrize("forward", [out_of_gpu_memory, out_of_cpu_memory, out_of_library_memory])
 def test_out_of_memory_fails_the_request_alone(
     analyzer: EcgAnalyzer, monkeypatch: pytest.MonkeyPatch, forward: Any
 ) -> None:

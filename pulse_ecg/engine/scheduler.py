@@ -114,6 +114,9 @@ class TransformersEngine:
 
         The network is the engine's from now on: its attention reads slots, and on a CPU its decoder is packed.
         """
+        if model.device.type == "cuda":
+            # It is preferred on new GPUs, plans for tens of milliseconds at each new length, and for each thread anew.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         pack_linear_layers(model.network.language_model)
         llama, positions = model.config.llama, model.config.context_length
         memory = plan(free_bytes(model.device), slot_bytes(llama, positions, model.dtype), max_slots)
@@ -192,13 +195,15 @@ class TransformersEngine:
         self._drop_those_over()
         self._admit()
         arrived, self._on_the_way = self._on_the_way, []
-        for part in (self._prefill_turn, self._decode_turn):
-            started = part()
-            if self._ahead:
-                self._on_the_way += started
-            else:
-                self._deliver(started)
-        self._deliver(arrived)
+        try:
+            for part in (self._prefill_turn, self._decode_turn):
+                started = part()
+                if self._ahead:
+                    self._on_the_way += started
+                else:
+                    self._deliver(started)
+        finally:  # whatever becomes of this turn, the last one's tokens are good
+            self._deliver(arrived)
 
     def _drop_those_over(self) -> None:
         """Let go of answers that are cancelled or out of time, whether they have a slot or wait for one."""

@@ -125,6 +125,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise CheckpointError("config.json: mm_use_im_start_end is not supported.")
     if raw.get("quantization_config"):
         raise CheckpointError("config.json: quantization_config is not supported; use the unquantised checkpoint.")
+    # The place where transformers 5 keeps what official code reads from the two keys.
+    rope, theta = raw.get("rope_parameters"), raw.get("rope_theta") or 10_000
+    if rope is not None and rope != {"rope_type": "default", "rope_theta": theta}:
+        raise CheckpointError("config.json: rope_parameters is not supported; use rope_theta and rope_scaling.")
     for key in _LLAMA_KEYS:
         value = raw.get(key)
         expected = _KINDS.get(key, int)
@@ -170,6 +174,8 @@ def _preprocessing(raw: Mapping[str, Any], vision: CLIPVisionConfig, processor: 
         if not processor.get(step, True):
             raise CheckpointError(f"preprocessor_config.json: {step} is off, which is not supported.")
     ratio = raw.get("image_aspect_ratio") or "square"
+    if str(ratio).startswith(("anyres_", "highres", "crop_split")):  # of later LLaVA code than PULSE's
+        raise CheckpointError(f"config.json: image_aspect_ratio {excerpt(ratio)} is not supported.")
     pinpoints = raw.get("image_grid_pinpoints") or []
     resolutions = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
     grid: tuple[Size, ...] = tuple((int(width), int(height)) for width, height in resolutions)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pulse_ecg.checkpoint import LoadedModel
 from pulse_ecg.config import Settings
 from pulse_ecg.engine.scheduler import TransformersEngine
+from pulse_ecg.errors import ConfigurationError, excerpt
 from pulse_ecg.generation import Engine
+from pulse_ecg.vllm_engine.version import REQUIREMENTS
 
 
 def start_engine(model: LoadedModel, settings: Settings) -> Engine:
@@ -17,6 +19,10 @@ def start_engine(model: LoadedModel, settings: Settings) -> Engine:
     """
     if settings.engine == "transformers":
         return TransformersEngine(model, max_slots=settings.max_concurrent_requests)
-    from pulse_ecg.vllm_engine.engine import VllmEngine  # noqa: PLC0415 - vLLM is not there unless it is asked for
-
+    try:
+        from pulse_ecg.vllm_engine.engine import VllmEngine  # noqa: PLC0415 - vLLM is not there unless it is asked for
+    except ImportError as error:  # it is there, but another version of it than this engine was written for
+        raise ConfigurationError(
+            f"PULSE_ENGINE is 'vllm', but this vLLM has no {excerpt(error.name, 64)}: install {REQUIREMENTS}."
+        ) from error
     return VllmEngine(model, settings.vllm_args, max_answers=settings.max_concurrent_requests)

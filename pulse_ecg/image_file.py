@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from threading import Lock
 from typing import NamedTuple
@@ -82,7 +82,7 @@ def decode_image(data: bytes) -> Image.Image:
     with _pillow_errors_mapped():
         image = _opened(data)
         image.load()
-        exif = data if isinstance(image, TiffImageFile) else image.info.get("exif")
+        exif = data if isinstance(image, TiffImageFile) else _exif_block(image)
         return _rgb(image, _orientation(exif))
 
 
@@ -206,6 +206,16 @@ def _check_size(size: tuple[int, int]) -> None:
 
 def _unlisted() -> ImageDecodeError:
     return ImageDecodeError(f"The image is of none of the accepted formats: {FORMATS}.")
+
+
+def _exif_block(image: Image.Image) -> object:
+    """The EXIF block of a file that is no TIFF; in a PNG it may be text, as ImageMagick writes it."""
+    text = image.info.get("Raw profile type exif")
+    if "exif" in image.info or not isinstance(text, str):
+        return image.info.get("exif")
+    with suppress(ValueError):
+        return bytes.fromhex("".join(text.split("\n")[3:]))  # after a blank line, the name and the length
+    return None
 
 
 def _orientation(exif: object) -> int:

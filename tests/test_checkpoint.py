@@ -216,6 +216,9 @@ def test_a_missing_file_stops_the_start_and_is_named(file: str, folder: Path) ->
         ({"num_attention_heads": "many"}, "num_attention_heads"),
         ({"hidden_size": 128.5}, "hidden_size"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500_000}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}}, "rope_parameters"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio"),
         ({"eos_token_id": "2"}, "eos_token_id"),
         ({"eos_token_id": ["2"]}, "eos_token_id"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
@@ -228,6 +231,11 @@ def test_a_config_that_fits_no_model_is_refused(values: dict[str, object], named
     edit_config(folder, **values)
     with pytest.raises(CheckpointError, match=named):
         load_model(folder, CPU)
+
+
+def test_the_default_rotation_may_be_named_as_transformers_5_does(folder: Path) -> None:
+    edit_config(folder, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    assert load_model(folder, CPU).config.context_length
 
 
 @pytest.mark.parametrize("step", ["do_resize", "do_center_crop", "do_rescale", "do_normalize"])

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from pulse_ecg.errors import (
     ImageDecodeError,
@@ -301,6 +301,21 @@ def test_orientation_behind_the_pixels() -> None:
     exif[0x0112] = 6
     end = chunk(b"IEND", b"")
     assert decode_image(PNG.removesuffix(end) + chunk(b"eXIf", exif.tobytes()[6:]) + end).size == (32, 48)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_orientation_in_a_text_of_a_png_as_imagemagick_writes_it(good: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    digits = exif.tobytes().hex() if good else "no digits"
+    lines = [digits[start : start + 72] for start in range(0, len(digits), 72)]
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\n".join(["", "exif", f"{len(digits) // 2:8}", *lines, ""]), zip=True)
+    data = saved(picture(), "PNG", pnginfo=text)
+    with Image.open(io.BytesIO(data)) as opened:
+        from_pil = load_image(DecodedImage(opened), POLICY)
+    assert same(decode_image(data), from_pil)
+    assert from_pil.size == ((32, 48) if good else (48, 32))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pytest
 from handler import EndpointHandler
 from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
+from pulse_ecg.engine.slots import slot_bytes
 from pulse_ecg.engines import start_engine
 from pulse_ecg.errors import ConfigurationError, EngineStoppedError
 from pulse_ecg.params import load_defaults
@@ -125,6 +126,9 @@ def test_arguments_reach_vllm(demo_checkpoint: Path, on_vllm: EndpointHandler) -
     assert args.max_num_seqs == 5
     assert engine_args(model, {"max_num_seqs": 7}, max_answers=5).max_num_seqs == 7
     assert (args.max_model_len, args.dtype) == (4096, "float32")
+    slot = slot_bytes(model.config.llama, 4096, model.dtype)
+    alone = engine_args(model, {}, max_answers=1)
+    assert alone.kv_cache_memory_bytes > slot, "a lone answer has all of its positions, and vLLM its own block"
 
 
 def test_no_other_token_than_the_checkpoints_own_ends_an_answer() -> None:

@@ -95,8 +95,10 @@ def _defaults(model: LoadedModel, max_answers: int) -> dict[str, Any]:
         return defaults | {"gpu_memory_utilization": min(_GPU_SHARE, round((free - _TOWER_BYTES) / total, 3))}
     slot = slot_bytes(model.config.llama, model.config.context_length, model.dtype)
     memory = plan(free_bytes(model.device) - _decoder_bytes(model), slot, max_answers)
+    # vLLM keeps a block of its own: without room beside the slots, a lone answer could not use its whole slot.
+    spare = slot_bytes(model.config.llama, 1, model.dtype)
     # Compiling takes minutes and a compiler; on a CPU, where one tries things out, neither is wanted.
-    return defaults | {"enforce_eager": True, "kv_cache_memory_bytes": memory.slots * slot}
+    return defaults | {"enforce_eager": True, "kv_cache_memory_bytes": memory.slots * slot + spare}
 
 
 def _decoder_bytes(model: LoadedModel) -> int:

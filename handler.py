@@ -70,6 +70,7 @@ class EndpointHandler:
         Raises:
             ConfigurationError: an environment variable or ``generation_config.json`` has a value that cannot be used.
             CheckpointError: the checkpoint is incomplete or of another kind.
+            EngineStoppedError: vLLM, where that is asked for, did not start.
         """
         started = time.perf_counter()
         self._settings = Settings.from_env()

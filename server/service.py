@@ -203,7 +203,8 @@ def load_handler(model: str) -> EndpointHandler:
         PulseError: the model cannot be loaded, or does not answer.
     """
     if model and not Path(model).is_dir():
-        os.environ["PULSE_MODEL_ID"], model = model, ""
+        # This folder holds no weights; beside handler.py there may be some, of another model.
+        os.environ["PULSE_MODEL_ID"], model = model, str(Path(__file__).parent)
     from handler import EndpointHandler  # noqa: PLC0415 - imports torch: seconds, in which the port is open already
 
     handler = EndpointHandler(model)

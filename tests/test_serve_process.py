@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -100,6 +101,21 @@ def test_a_model_that_does_not_answer_is_not_served(handler: EndpointHandler, mo
         broken.setattr(handler._analyzer, "stream", lambda *_, **__: 1 / 0)
         with pytest.raises(Exception, match="internal error"):
             service.load_handler("")
+
+
+def test_a_hub_id_is_not_answered_by_weights_beside_the_handler(
+    handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The handler looks there first when it is given no folder."""
+    from server import service
+
+    asked: list[str] = []
+    monkeypatch.setattr("handler.EndpointHandler", lambda path: asked.append(path) or handler)
+    monkeypatch.setenv("PULSE_MODEL_ID", "somebody/else")
+    service.load_handler("our/model")
+    assert os.environ["PULSE_MODEL_ID"] == "our/model"
+    [path] = asked
+    assert Path(path).is_dir() and not any(Path(path).glob("*.safetensors"))
 
 
 def test_a_setting_that_cannot_be_used_ends_the_process_before_the_port_is_open(tmp_path: Path) -> None:

@@ -25,19 +25,18 @@ evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real re
 test: .venv/complete ## the tests on the newest supported libraries
 	.venv/bin/python -m pytest -m "not parity and not load"
 
-# Without what the container's libraries have no part in: the page, the clients, our own server's proxy, the benchmarks,
-# the demo's data and training.
-ELSEWHERE = --ignore=tests/ui --ignore-glob='tests/test_client_*' --ignore=tests/test_scale_out.py --ignore=tests/test_benchmarks.py \
-	--ignore=tests/test_demo_drawing.py --ignore=tests/test_demo_evaluation.py --ignore=tests/test_demo_training.py
+# What transformers, accelerate and huggingface_hub have a part in; nothing else differs between the two environments.
+ON_THEM = $(patsubst %,tests/test_%.py,call checkpoint deploy emulator engine* generation handler quantization sampling \
+	serve_chat serve_process stock_container test_requests tokenizer vllm_settings)
 
 test-oldest: .venv-oldest/complete ## the handler's tests on the stock container's transformers
-	.venv-oldest/bin/python -m pytest -m "not parity and not load" $(ELSEWHERE)
+	.venv-oldest/bin/python -m pytest -m "not parity and not load" $(ON_THEM)
 
 parity: .venv/complete ## token for token against the official code, in an environment of its own
-	.venv/bin/python -m pytest -m parity
+	.venv/bin/python -m pytest -m parity tests/parity
 
 parity-oldest: .venv-oldest/complete ## the same on the stock container's transformers
-	.venv-oldest/bin/python -m pytest -m parity
+	.venv-oldest/bin/python -m pytest -m parity tests/parity
 
 test-vllm: .venv-vllm/complete ## the vLLM engine on a CPU: the engines' tests and parity, in an environment of its own
 	.venv-vllm/bin/python -m pytest -m vllm tests/test_engines.py tests/test_vllm_engine.py tests/parity/test_parity_vllm.py

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def last_line(module: str, *arguments: str) -> dict[str, Any]:
     """The document that a script ends with; it must end well."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document

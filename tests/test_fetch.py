@@ -81,7 +81,7 @@ def refusal(url: str, policy: FetchPolicy, kind: type[PulseError]) -> str:
     with pytest.raises(PulseError) as caught:
         fetch_image_bytes(url, policy)
     assert type(caught.value) is kind, caught.value
-    assert time.monotonic() - start < policy.deadline_s + 0.4
+    assert time.monotonic() - start < policy.deadline_s + 2
     assert not (caught.value.__cause__ or (caught.value.__context__ and not caught.value.__suppress_context__))
     message = str(caught.value)
     assert message.endswith(".")

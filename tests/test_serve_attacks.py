@@ -179,6 +179,7 @@ def test_the_absolute_form_of_a_target_is_understood(server: OurServer) -> None:
 
 @pytest.mark.parametrize("target", ["http://[", "http://name:secret@%E2%84%80/predict"])
 def test_a_target_that_is_no_url_is_not_found(target: str, server: OurServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     reply = server.exchange(request(target, b"", "Connection: close", method="GET"))
     assert status(reply) == 404
     assert b"x-request-id" in reply.lower()
@@ -261,11 +262,12 @@ GARBAGE = [
 
 @pytest.mark.parametrize("data", GARBAGE, ids=lambda data: repr(data[:40]))
 def test_what_is_no_http_is_refused(server: OurServer, data: bytes) -> None:
-    reply = b""
+    reply, started = b"", time.monotonic()
     with server.connect() as sock, contextlib.suppress(OSError):
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
-        reply = received(sock, quiet=5)
+        reply = received(sock, quiet=PATIENCE)
+    assert time.monotonic() - started < PATIENCE, "the connection was left open"
     assert reply == b"" or status(reply) == 400
     assert b"evil" not in reply.lower()
 
@@ -282,6 +284,7 @@ def test_a_length_that_is_stated_in_two_ways_is_refused(server: OurServer) -> No
 def test_a_request_id_carries_no_header_of_its_own(server: OurServer, value: str) -> None:
     data = f"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: {value}\r\n\r\n"
     reply = server.exchange(data.encode("latin-1"))
+    assert status(reply) in (200, 400)
     assert b"evil" not in reply.lower()
     assert reply.lower().count(b"x-request-id") <= 1
 

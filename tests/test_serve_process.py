@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from handler import EndpointHandler
+from pulse_ecg.errors import ImageError
 from server.ui import ui_routes
 from tests.our_server import (
     PATIENCE,
@@ -104,7 +105,7 @@ def test_a_model_that_does_not_answer_is_not_served(handler: EndpointHandler, mo
 
 
 def test_a_hub_id_is_not_answered_by_weights_beside_the_handler(
-    handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The handler looks there first when it is given no folder."""
     from server import service
@@ -195,15 +196,28 @@ def test_what_is_not_answered_in_time_is_told_so(handler: EndpointHandler) -> No
     assert handler.admission.running == handler.admission.waiting == 0
 
 
-def test_a_second_signal_stops_at_once(handler: EndpointHandler) -> None:
-    with our_server(handler, drain_timeout=PATIENCE) as server, server.connect() as sock:
-        body = json.dumps({"inputs": "?", "parameters": {**LONG, "max_new_tokens": 2048}}).encode()
-        sock.sendall(request("/", body, TYPE))
-        until(lambda: handler.admission.running == 1)
-        for _ in range(2):
-            server.server.handle_exit(signal.SIGTERM, None)
-            until(lambda: server.service.phase == "draining")
-        until(lambda: not server.server.server_state.connections, patience=10)
+def test_a_second_signal_stops_at_once(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a request is at work that would take as long as the first signal waits for it."""
+    go, at_work = threading.Event(), threading.Event()
+
+    def slow(request: Any) -> Any:
+        at_work.set()
+        assert go.wait(PATIENCE)
+        raise ImageError("It was let go.")
+
+    monkeypatch.setattr(handler._analyzer, "prepare", slow)
+    try:
+        with our_server(handler, drain_timeout=PATIENCE) as server, server.connect() as sock:
+            sock.sendall(request("/", json.dumps({"inputs": "?"}).encode(), TYPE))
+            assert at_work.wait(PATIENCE)
+            for _ in range(2):
+                server.server.handle_exit(signal.SIGTERM, None)
+                until(lambda: server.service.phase == "draining")
+            until(lambda: not server.server.server_state.connections, patience=10)
+            assert not go.is_set()
+            go.set()
+    finally:
+        go.set()
 
 
 def test_draining_and_loading_are_told_apart(handler: EndpointHandler) -> None:

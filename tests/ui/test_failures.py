@@ -143,5 +143,5 @@ def test_a_token_is_asked_for_used_and_kept_nowhere(visit: Visit, server: UiServ
     stored = visit.page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
     assert TOKEN not in stored + visit.page.content()
     visit.page.reload()
-    visit.ask()
+    expect(visit.ask().locator(".error")).to_be_visible()
     assert server.tokens[-1] == ""

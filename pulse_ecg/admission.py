@@ -90,7 +90,7 @@ class Admission:
             DeadlineExceededError: the deadline passed before.
         """
         cancel = cancel or Cancellation()
-        waiter = self._enqueued()
+        waiter = self._enqueued(request or Presence())
         try:
             with cancel.calling(waiter.called.set):
                 waiter.called.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -99,25 +99,14 @@ class Admission:
                 raise RequestCancelledError("The request was cancelled while it waited.")
             if not waiter.placed or (deadline is not None and time.monotonic() > deadline):
                 raise DeadlineExceededError("The request's turn did not come in time; try again later.")
-            with self._counted(request or Presence()):
-                yield
+            yield
         finally:
             self._settle(waiter)
             if waiter.placed:
-                self._give_back()
+                self._give_back(waiter)
 
-    @contextmanager
-    def _counted(self, request: Presence) -> Iterator[None]:
-        with self._lock:
-            request.places += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                request.places -= 1
-
-    def _enqueued(self) -> _Waiter:
-        waiter = _Waiter()
+    def _enqueued(self, request: Presence) -> _Waiter:
+        waiter = _Waiter(request)
         with self._lock:
             if self._free:  # nobody waits then: a place that is given back goes to the first who does
                 self._free -= 1
@@ -132,8 +121,9 @@ class Admission:
             if not waiter.placed and waiter in self._waiters:
                 self._waiters.remove(waiter)
 
-    def _give_back(self) -> None:
+    def _give_back(self, waiter: _Waiter) -> None:
         with self._lock:
+            waiter.request.places -= 1
             if self._waiters:
                 self._waiters.popleft().place()
             else:
@@ -143,10 +133,12 @@ class Admission:
 class _Waiter:
     """One who waits for a place; ``called`` wakes it, ``placed`` says whether it has one."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Presence) -> None:
+        self.request = request
         self.called = Event()
         self.placed = False
 
     def place(self) -> None:
         self.placed = True
+        self.request.places += 1
         self.called.set()

@@ -22,7 +22,10 @@ def start_engine(model: LoadedModel, settings: Settings) -> Engine:
     try:
         from pulse_ecg.vllm_engine.engine import VllmEngine  # noqa: PLC0415 - vLLM is not there unless it is asked for
     except ImportError as error:  # it is there, but another version of it than this engine was written for
+        missing = (
+            f"something of {excerpt(error.name, 64)} is missing" if error.name else "one of its libraries is missing"
+        )
         raise ConfigurationError(
-            f"PULSE_ENGINE is 'vllm', but this vLLM has no {excerpt(error.name, 64)}: install {REQUIREMENTS}."
+            f"PULSE_ENGINE is 'vllm', but this vLLM cannot be used ({missing}): install {REQUIREMENTS}."
         ) from error
     return VllmEngine(model, settings.vllm_args, max_answers=settings.max_concurrent_requests)

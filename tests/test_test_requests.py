@@ -14,7 +14,7 @@ import pytest
 from pulse_ecg.params import _READERS
 from scripts import send_test_requests as sender
 from tests.endpoint_server import EndpointServer, demo_handler, endpoint_server
-from tests.servers import Behaviour, ImageHost, answer, raw, redirect
+from tests.servers import Behaviour, Exchange, ImageHost, answer, raw, redirect
 
 CASES = sender.load_cases()
 TOKEN = "hf_test_only"
@@ -158,7 +158,11 @@ def test_no_answer_is_a_failure(image: Path, capsys: pytest.CaptureFixture[str])
 def test_a_broken_answer_is_a_failure_that_says_how(
     behaviour: Behaviour, told: str, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with closing(ImageHost({"/": behaviour})) as host:
+    def behave(exchange: Exchange) -> None:
+        exchange.sock.recv(65_536)  # the request's body: unread, it would reset the connection
+        behaviour(exchange)
+
+    with closing(ImageHost({"/": behave})) as host:
         sender.run(CASES[:1], sender.sample_of(image, None), url=host.url(), token=None, timeout_s=5)
     assert told in capsys.readouterr().out
 

@@ -60,6 +60,7 @@ function submit() {
 async function run(turn) {
   if (running) return;
   lastTurn = turn;
+  history = turn.history; // what an earlier attempt was answered is gone from the page too
   const asked = parameters();
   turn.begin({ commentary: asked.enable_turkish_commentary });
   setRunning(new AbortController());

@@ -337,7 +337,7 @@ async function plainInput(input) {
 
 /** The parameters that are given, and the method's own for the others. */
 function withDefaults(parameters, defaults) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  const given = Object.entries(parameters ?? {}).filter(([, value]) => value !== undefined);
   return { ...defaults, ...Object.fromEntries(given) };
 }
 

@@ -103,6 +103,7 @@ def test_a_whole_answer_stays_whole_when_its_commentary_is_lost(visit: Visit, se
     if end == "break":
         turn.get_by_role("button", name="Try again").click()
         expect(turn.locator(".answer .text")).to_have_text("Fine.")
+        expect(turn.locator(".facts")).to_be_visible()
     visit.answered("And now?")
     said = "Fine." if end == "break" else "Sinus rhythm."
     assert [m["content"] for m in server.bodies[-1]["inputs"]["messages"]] == [QUESTION, said, "And now?"]

@@ -106,7 +106,7 @@ const fetch = async (url, request) => new Response(JSON.stringify([{ url, ...JSO
 const web = { AbortController, Blob, btoa, clearTimeout, fetch, Response, setTimeout, TextDecoder, URL };
 const location = new URL("https://example.org/page/");
 const source = readFileSync("node_modules/pulse-ecg-client/pulse-ecg-client.js", "utf8");
-const asked = 'new PULSEEndpoint("pulse").analyzeImageBase64(new Blob(["GIF89a"]), "?")';
+const asked = 'new PULSEEndpoint("./pulse").analyzeImageBase64(new Blob(["GIF89a"]), "?")';
 const context = { ...web, location };
 context.globalThis = context;
 console.log(JSON.stringify(await runInNewContext(source.replace(/^export /gm, "") + asked, context)));

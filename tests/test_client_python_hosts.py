@@ -186,7 +186,7 @@ def test_the_readmes_examples_run(
 def test_the_readme_names_what_there_is() -> None:
     text = (PACKAGE / "README.md").read_text("utf-8")
     errors = {name for name in client.__all__ if name.endswith("Error")}
-    assert set(re.findall(r"`(\w+Error)`", text)) == errors | {"TimeoutError", "ValueError"}
+    assert set(re.findall(r"`(\w+Error)`", text)) == errors | {"OSError", "TimeoutError", "TypeError", "ValueError"}
     methods = {n for n in dir(PULSEEndpoint) if not n.startswith("_")} - {"close"}
     assert set(re.findall(r"^\| `(\w+)\(", text, re.MULTILINE)) == methods
     for name in client.Parameters.__annotations__:

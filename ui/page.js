@@ -124,7 +124,7 @@ function fail(turn, error) {
   if (!(error instanceof RequestFailed)) console.error(error);
   const unauthorised = error.status === 401; // the token's form asks again
   turn.failed({ message: explanation(error, turn), advice: advice(error), requestId: error.requestId, again: !unauthorised });
-  say(byId("status"), turn.whole ? "status.answered" : "status.failed");
+  say(byId("status"), turn.whole ? "commentary.ended" : "status.failed");
   if (!unauthorised) return;
   tokenWanted = true;
   byId("token-form").hidden = false;

@@ -15,8 +15,7 @@ export const STRINGS = {
     "image.photo": "Take a photo",
     "image.formats": "JPEG, PNG, WebP, GIF, BMP or TIFF, up to 20 MB. Cut off names and numbers of patients first.",
     "image.url": "Or the image's address",
-    "image.url.hint":
-      "The server fetches the image. This page does not contact that host, so it can show no preview.",
+    "image.url.hint": "The server fetches the image. This page does not contact that host: there is no preview.",
     "image.url.invalid": "The address must begin with http:// or https://.",
     "image.remove": "Remove",
     "image.chosen": "Image chosen: {name}.",
@@ -93,7 +92,6 @@ export const STRINGS = {
     "status.done": "Done.",
     "status.stopped": "Stopped.",
     "status.failed": "No complete answer.",
-    "status.answered": "The answer is complete, what follows it is not.",
     "status.image": "Not sent: see the note at the image.",
 
     "commentary.title": "Turkish commentary",
@@ -165,8 +163,7 @@ export const STRINGS = {
     "image.formats":
       "JPEG, PNG, WebP, GIF, BMP veya TIFF, en çok 20 MB. Önce hasta adlarını ve numaralarını kesip çıkarın.",
     "image.url": "Ya da görüntünün adresi",
-    "image.url.hint":
-      "Görüntüyü sunucu indirir. Bu sayfa o adrese bağlanmaz, bu yüzden önizleme gösteremez.",
+    "image.url.hint": "Görüntüyü sunucu indirir. Bu sayfa o adrese bağlanmaz: önizleme yoktur.",
     "image.url.invalid": "Adres http:// veya https:// ile başlamalıdır.",
     "image.remove": "Kaldır",
     "image.chosen": "Seçilen görüntü: {name}.",
@@ -244,7 +241,6 @@ export const STRINGS = {
     "status.done": "Bitti.",
     "status.stopped": "Durduruldu.",
     "status.failed": "Tam bir yanıt alınamadı.",
-    "status.answered": "Yanıt tamamlandı, ardından gelecekler tamamlanmadı.",
     "status.image": "Gönderilmedi: görüntünün altındaki nota bakın.",
 
     "commentary.title": "Türkçe yorum",

@@ -134,7 +134,7 @@ export class PULSEError extends Error {
  */
 export class PULSEEndpoint {
   /**
-   * @param endpointUrl where requests are posted to; in a page, a path of its own host will do
+   * @param endpointUrl where requests are posted to; in a page, a path of its own host (`/pulse`, `./pulse`) will do
    * @param hfToken the bearer token; nothing for a server that wants none
    * @throws TypeError, RangeError: a URL, token or timeout that cannot be used; the message holds none of them
    */

@@ -75,6 +75,13 @@ hosted("a question is sent as callers know", async (host, endpoint) => {
   assert.equal(headers.authorization, `Bearer ${TOKEN}`);
 });
 
+hosted("a parameter that is undefined is one that is not given", async (host, endpoint) => {
+  await endpoint.analyzeText("?", { maxNewTokens: undefined, topP: undefined, seed: 1 });
+  await endpoint.analyzeText("?", { seed: 1 });
+  const [undefinedOnes, without] = host.bodies();
+  assert.deepEqual(undefinedOnes, without);
+});
+
 hosted("an image is sent as callers know", async (host, endpoint) => {
   await endpoint.analyzeImageUrl("https://example.org/ecg.jpg", "Rhythm?");
   await endpoint.analyzeImageBase64(new Blob([PNG]), "Rate?", { maxNewTokens: 64, deepseekTimeout: 20 });
@@ -107,6 +114,8 @@ hosted("a batch has one record for each input", async (host, endpoint) => {
   assert.deepEqual(host.bodies()[0], { inputs: ["?", { query: "?", image: PNG_URI }], parameters: { seed: 1 } });
   const error = await failure(endpoint.analyzeBatch(inputs));
   assert.match(error.message, /1 records instead of 2/);
+  await assert.rejects(endpoint.analyzeBatch("What is the rhythm?"), /a list of inputs/);
+  assert.equal(host.requests.length, 2);
 });
 
 test("images of every kind are sent", async () => {

@@ -115,8 +115,8 @@ class TransformersEngine:
         The network is the engine's from now on: its attention reads slots, and on a CPU its decoder is packed.
         """
         if model.device.type == "cuda":
-            # On new GPUs torch prefers cuDNN's attention, which takes tens of milliseconds to plan for each new length, in
-            # each thread anew.
+            # On new GPUs torch prefers cuDNN's attention, which takes tens of milliseconds to plan for each new length,
+            # in each thread anew.
             torch.backends.cuda.enable_cudnn_sdp(False)
         pack_linear_layers(model.network.language_model)
         llama, positions = model.config.llama, model.config.context_length

@@ -21,7 +21,8 @@ Figures are medians over the rounds, times are seconds.  The last line is one JS
   ``over_ours``: its answer's time over ours, same image and question.
 - ``parity``: that answer against ours: ``same_tokens``, how many agree before the first that differs, of ``tokens``;
   and ours against the plain network's logits, all tokens in one pass: ``agreement``, the share that is the best token
-  there too, ``worst_gap``, by how many logits the worst one misses it (the logits' standard deviation is 3).
+  there too, ``worst_gap``, by how many logits the worst one misses it (the logits' standard deviation is 3); the same
+  of the plain answer itself, ``plain_agreement`` and ``plain_worst_gap``: what rounding alone does.
 - ``at_once``: image questions, sixteen at once against one after another: ``speedup``; ``bound``, the speedup of a
   device at its limits in both (keys and values of sixteen images outweigh the weights, and prefill does not get
   faster in a batch); ``over_plain``, against sixteen plain answers one after another (one measured, times sixteen).
@@ -118,13 +119,15 @@ class Bench:
         ours = self._traffic.stream(inputs, tokens).token_ids
         pairs = zip(ours, said["token_ids"], strict=True)
         same = next((at for at, (a, b) in enumerate(pairs) if a != b), tokens)
-        agreement, worst_gap = self._plain.judge(self._png, IMAGE_QUESTIONS[0], ours)
+        judged = [self._plain.judge(self._png, IMAGE_QUESTIONS[0], ids) for ids in (ours, said["token_ids"])]
+        (agreement, worst_gap), (plain_agreement, plain_worst_gap) = judged
         figures = {
             "answer_s": rounded(said["seconds"]),
             "token_s": rounded(said["stages"]["decode"] / max(1, tokens - 1)),
             "over_ours": rounded(said["seconds"] / seconds),
         }
         parity = {"tokens": tokens, "same_tokens": same, "agreement": agreement, "worst_gap": rounded(worst_gap)}
+        parity |= {"plain_agreement": plain_agreement, "plain_worst_gap": rounded(plain_worst_gap)}
         return {"plain": figures, "parity": parity}
 
     def decode(self) -> Figures:

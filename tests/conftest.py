@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: our kernels then run on a CPU
+
 # The same examples on every machine; `pytest --hypothesis-profile=explore` looks for new ones.  The time that one takes
 # says more about a shared machine than about the code.
 for profile, derandomised in (("project", True), ("explore", False)):

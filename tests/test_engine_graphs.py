@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ from transformers import LlamaConfig
 from pulse_ecg.engine import graphs as module
 from pulse_ecg.engine.graphs import DecodeGraphs, batch_sizes, cuda_graphs, lengths
 from pulse_ecg.engine.runner import ModelRunner
-from pulse_ecg.engine.slots import DecodeView, KeyValueSlots, PrefillView, rounded, slot_bytes
+from pulse_ecg.engine.slots import DecodeView, FirstSlotsView, KeyValueSlots, PrefillView, rounded, slot_bytes
 from tests.engine_turns import SteppedEngine, alone, answered, asks, engine_model, one_thread, outcome, rerun
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
+LAYER = SimpleNamespace(layer_idx=0)
 POSITIONS = 1536
 
 
@@ -62,13 +64,13 @@ def test_a_step_attends_to_each_rows_own_positions(
     slots = slots_with(filled, key_heads=key_heads)
     chosen = list(range(len(filled)))
     if of_all:
-        view = DecodeView.of_all(slots, torch.tensor(filled), rounded(max(filled) + 1))
+        view: DecodeView | FirstSlotsView = FirstSlotsView(slots, torch.tensor(filled), rounded(max(filled) + 1))
     else:
         chosen = sorted(data.draw(st.sets(st.sampled_from(chosen), min_size=1)))
-        view = DecodeView.of_rows(slots, chosen)
+        view = DecodeView(slots, chosen)
     before = slots.keys_SHLD[0].clone(), slots.values_SHLD[0].clone()
     query, key, value = (torch.randn(len(chosen), heads, 1, 8) for heads in (4, key_heads, key_heads))
-    attended = view.attend(0, query.as_subclass(_OnGpu) if gpu else query, key, value, 0.25)
+    attended = view.attend(LAYER, query.as_subclass(_OnGpu) if gpu else query, key, value, 0.25)
     assert attended.shape == (len(chosen), 1, 4, 8)
     for row, slot in enumerate(chosen):
         end = filled[slot]
@@ -86,7 +88,7 @@ def test_a_step_attends_to_each_rows_own_positions(
 def test_a_chunk_attends_to_what_came_before_and_causally_to_itself(start: int, count: int, key_heads: int) -> None:
     slots = slots_with([900, start], key_heads=key_heads)
     query, key, value = (torch.randn(1, heads, count, 8) for heads in (4, key_heads, key_heads))
-    attended = PrefillView(slots, 1, start=start, count=count).attend(0, query, key, value, 0.25)
+    attended = PrefillView(slots, 1, start=start, count=count).attend(LAYER, query, key, value, 0.25)
     assert attended.shape == (1, count, 4, 8)
     keys, values = slots.keys_SHLD[0][1], slots.values_SHLD[0][1]
     assert torch.equal(keys[:, start : start + count], key[0])
@@ -124,7 +126,7 @@ def test_a_slot_takes_the_memory_that_is_planned_for_it() -> None:
         llama = engine_model(kind).config.llama
         slots = KeyValueSlots(llama, count=3, positions=700, device=CPU, dtype=torch.float16)
         taken = sum(tensor.nbytes for tensor in (*slots.keys_SHLD, *slots.values_SHLD))
-        assert taken == 3 * slot_bytes(llama, 700, torch.float16) == 3 * 1024 * slots.position_bytes
+        assert taken == 3 * slot_bytes(llama, 700, torch.float16) == 3 * 1025 * slots.position_bytes
 
 
 # --- recorded steps
@@ -145,9 +147,8 @@ def test_the_smallest_graph_that_holds_the_rows_is_replayed(filled: list[int], d
     chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(filled))), min_size=1)))
     run = list[tuple[int, int]]()
 
-    def step(tokens_B: Tensor, view: DecodeView) -> Tensor:
-        (batch,) = view._batches
-        run.append((len(tokens_B), batch.length))
+    def step(tokens_B: Tensor, view: FirstSlotsView) -> Tensor:
+        run.append((len(tokens_B), view.mask_B11L.shape[3]))
         return torch.stack([tokens_B, view.positions_B], dim=1)
 
     recorded = DecodeGraphs(step, slots, rerun)

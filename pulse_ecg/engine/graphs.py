@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pulse_ecg.device import upload
-from pulse_ecg.engine.slots import DecodeView, KeyValueSlots, rounded
+from pulse_ecg.engine.slots import FirstSlotsView, KeyValueSlots, rounded
 
 logger = logging.getLogger(__name__)
 
-DecodeStep = Callable[[Tensor, DecodeView], Tensor]
+DecodeStep = Callable[[Tensor, FirstSlotsView], Tensor]
 """The logits ``(B, V)`` for tokens ``(B,)`` and a view."""
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Records a computation; returns how to repeat it, and where its result then lies."""
@@ -47,7 +47,7 @@ class DecodeGraphs:
     def _run(self, step: DecodeStep, batch: int, length: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
             positions_B = self._positions_S[:batch]
-            return step(self._tokens_S[:batch], DecodeView.of_all(self._slots, positions_B, length))
+            return step(self._tokens_S[:batch], FirstSlotsView(self._slots, positions_B, length))
 
         return run
 

@@ -27,7 +27,7 @@ from pulse_ecg.device import NO_MEMORY_LEFT, Download, Span, current, lost, out_
 from pulse_ecg.engine.memory import free_bytes, plan
 from pulse_ecg.engine.packed_linear import pack_linear_layers
 from pulse_ecg.engine.prefixes import PrefixCache, after_image, prefix_length
-from pulse_ecg.engine.runner import CHUNK, ModelRunner
+from pulse_ecg.engine.runner import ModelRunner
 from pulse_ecg.engine.sampling import BatchSampler
 from pulse_ecg.engine.slots import KeyValueSlots, slot_bytes
 from pulse_ecg.engine.vision import ImageEncoder, first_pass
@@ -232,11 +232,11 @@ class TransformersEngine:
 
     def _prefill_turn(self) -> list[_Chosen]:
         """One chunk's worth of the prompts that came first; the first tokens of those that are through."""
-        budget, started = CHUNK, list[_Chosen]()
+        budget, started = self._runner.chunk, list[_Chosen]()
         for sequence in [sequence for sequence in self._running if not sequence.prefilled]:
             with self._failing_alone(sequence):
                 self._embed(sequence)
-                if sequence.image_to_encode and budget == CHUNK:
+                if sequence.image_to_encode and budget == self._runner.chunk:
                     self._encode_images()
                     break
                 while sequence.prompt_1LD is not None and (length := self._next_chunk(sequence)) <= budget:
@@ -281,7 +281,7 @@ class TransformersEngine:
         """Length of the next chunk.  It depends on the prompt alone, so that the answer does."""
         filled, prefix = self.slots.filled[sequence.slot], prefix_length(sequence.answer.prompt)
         end = prefix if filled < prefix else sequence.answer.prompt.length
-        return min(CHUNK, end - filled)
+        return min(self._runner.chunk, end - filled)
 
     def _prefill_chunk(self, sequence: _Sequence, length: int) -> list[_Chosen]:
         prompt, slot = sequence.answer.prompt, sequence.slot

@@ -24,24 +24,33 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pulse_ecg.device import upload
 
+try:
+    from pulse_ecg.engine import triton_kernels
+except ImportError:  # where torch has no CUDA
+    triton_kernels = None  # type: ignore[assignment]
+
 ATTENTION = "pulse_slots"
 """The name of this attention in ``config._attn_implementation``."""
 
+_UNUSED = 1  # a position that is there so that no length is the whole: to a compiler that would be a case of its own
 _FINE, _COARSE = 64, 512  # lengths are rounded up to the one, and rows batched whose lengths share the other
 
 
 class AttentionView(Protocol):
     """One forward pass's window on the slots."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Store ``key`` and ``value`` ``(B, H, N, D)``, attend with ``query``; returns ``(B, N, H, D)``."""
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Store ``key`` and ``value`` ``(B, H, N, D)``, attend with ``query``; returns ``(B, N, H, D)``.
+
+        ``module`` is transformers' attention module, whose ``layer_idx`` says which layer's slots are meant.
+        """
 
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *, scaling: float, **given: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``given`` holds the ``view`` that the runner passed to the model."""
-    return given["view"].attend(module.layer_idx, query, key, value, scaling), None
+    return given["view"].attend(module, query, key, value, scaling), None
 
 
 ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attention
@@ -57,7 +66,7 @@ class KeyValueSlots:
         self.count = count
         self.filled = [0] * count
         self.positions = rounded(positions)
-        shape = (count, key_heads(config), self.positions, head_width(config))
+        shape = (count, key_heads(config), self.positions + _UNUSED, head_width(config))
         self.keys_SHLD = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self._index = lru_cache(maxsize=256)(lambda chosen: upload(torch.tensor(chosen), device))
         self.values_SHLD = [torch.zeros_like(keys) for keys in self.keys_SHLD]
@@ -108,7 +117,7 @@ def head_width(config: LlamaConfig) -> int:
 def slot_bytes(config: LlamaConfig, positions: int, dtype: torch.dtype) -> int:
     """Memory of one slot."""
     width = key_heads(config) * head_width(config)
-    return 2 * config.num_hidden_layers * width * rounded(positions) * dtype.itemsize
+    return 2 * config.num_hidden_layers * width * (rounded(positions) + _UNUSED) * dtype.itemsize
 
 
 def rounded(length: int, step: int = _COARSE) -> int:
@@ -133,9 +142,10 @@ class PrefillView:
         self._start, self._end = start, start + count
         self._mask = self._causal_mask(slots.keys_SHLD[0])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """See :class:`AttentionView`; B is 1."""
-        slot, keys, values = self._slot, self._slots.keys_SHLD[layer], self._slots.values_SHLD[layer]
+        slot, layer = self._slot, module.layer_idx
+        keys, values = self._slots.keys_SHLD[layer], self._slots.values_SHLD[layer]
         keys[slot, :, self._start : self._end] = key[0]
         values[slot, :, self._start : self._end] = value[0]
         if layer == self._stored_with:
@@ -178,46 +188,31 @@ class _Batch:
 
 
 class DecodeView:
-    """One new position in each of several slots, each at a length of its own."""
+    """One new position in each of some slots, in ascending order: little is attended to in vain."""
 
-    def __init__(self, slots: KeyValueSlots, slots_B: Tensor, positions_B: Tensor, batches: Sequence[_Batch]) -> None:
-        """Use :meth:`of_rows` or :meth:`of_all`."""
-        self._slots = slots
-        self.slots_B = slots_B
-        self.positions_B = positions_B
-        self._batches = batches
-
-    @classmethod
-    def of_rows(cls, slots: KeyValueSlots, chosen: Sequence[int]) -> DecodeView:
-        """Of some slots in ascending order, each at its next position: little is attended to in vain."""
+    def __init__(self, slots: KeyValueSlots, chosen: Sequence[int]) -> None:
+        """Of the ``chosen`` slots, each at its next position."""
         device, dtype = slots.keys_SHLD[0].device, slots.keys_SHLD[0].dtype
         rows = [(slot, slots.filled[slot]) for slot in chosen]
-        slots_B, positions_B = torch.tensor(rows, device=device).unbind(1)
-        batches, first = list[_Batch](), 0
+        self._slots = slots
+        self.slots_B, self.positions_B = torch.tensor(rows, device=device).unbind(1)
+        self._batches, first = list[_Batch](), 0
         # Neighbours have the same difference of slot and row.
         for _, found in groupby(enumerate(rows), lambda item: (item[1][0] - item[0], rounded(item[1][1] + 1))):
             members = [row for _, row in found]
             last = first + len(members)
             length = rounded(max(position for _, position in members) + 1, _FINE)
-            mask = _length_mask(positions_B[first:last], length, dtype)
-            batches.append(_Batch(slice(first, last), slice(members[0][0], members[-1][0] + 1), length, mask))
+            mask = _length_mask(self.positions_B[first:last], length, dtype)
+            chosen_slots = slice(members[0][0], members[-1][0] + 1)
+            self._batches.append(_Batch(slice(first, last), chosen_slots, length, mask))
             first = last
-        return cls(slots, slots_B, positions_B, batches)
 
-    @classmethod
-    def of_all(cls, slots: KeyValueSlots, positions_B: Tensor, length: int) -> DecodeView:
-        """Of the first B slots at one length: every shape is fixed, as a CUDA graph needs it."""
-        count = len(positions_B)
-        mask = _length_mask(positions_B, length, slots.keys_SHLD[0].dtype)
-        slots_B = torch.arange(count, device=positions_B.device)
-        return cls(slots, slots_B, positions_B, [_Batch(slice(0, count), slice(0, count), length, mask)])
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """See :class:`AttentionView`; N is 1."""
-        keys, values = self._slots.keys_SHLD[layer], self._slots.values_SHLD[layer]
-        keys[self.slots_B, :, self.positions_B] = key[:, :, 0]
-        values[self.slots_B, :, self.positions_B] = value[:, :, 0]
-        grouped = query.view(len(query), key.shape[1], -1, query.shape[3])  # heads of a group as if new positions
+        keys, values = self._slots.keys_SHLD[module.layer_idx], self._slots.values_SHLD[module.layer_idx]
+        _store(keys, key, self.slots_B, self.positions_B)
+        _store(values, value, self.slots_B, self.positions_B)
+        grouped = _grouped(query, key)
         attended = [
             _attend_to_slots(
                 grouped[batch.rows],
@@ -230,6 +225,59 @@ class DecodeView:
         ]
         joined = attended[0] if len(attended) == 1 else torch.cat(attended)
         return joined.reshape(len(query), 1, query.shape[1], query.shape[3])
+
+
+class FirstSlotsView:
+    """One new position in each of the first B slots, all cut to one length: the shapes are fixed, as graphs need it."""
+
+    def __init__(self, slots: KeyValueSlots, positions_B: Tensor, length: int) -> None:
+        self._slots = slots
+        self.slots_B = torch.arange(len(positions_B), device=positions_B.device)
+        self.positions_B = positions_B
+        self.mask_B11L = _length_mask(positions_B, length, slots.keys_SHLD[0].dtype)
+
+    def layer(self, number: int, *, fused: bool = False) -> LayerView:
+        """The window on one layer alone; ``fused`` for attention in kernels of our own, where they know the shapes."""
+        keys_SHLD, values_SHLD = self._slots.keys_SHLD[number], self._slots.values_SHLD[number]
+        fused = fused and keys_SHLD.is_cuda and triton_kernels is not None
+        return LayerView(keys_SHLD, values_SHLD, self.slots_B, self.positions_B, self.mask_B11L, fused)
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """See :class:`AttentionView`; N is 1."""
+        return self.layer(module.layer_idx).attend(module, query, key, value, scaling)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What :class:`FirstSlotsView` is of one layer, in tensors alone: code that is compiled for one serves them all."""
+
+    keys_SHLD: Tensor
+    values_SHLD: Tensor
+    slots_B: Tensor
+    positions_B: Tensor
+    mask_B11L: Tensor
+    fused: bool
+
+    def attend(self, _module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """See :class:`AttentionView`; N is 1."""
+        count, length = query.shape[0], self.mask_B11L.shape[3]
+        _store(self.keys_SHLD, key, self.slots_B, self.positions_B)
+        _store(self.values_SHLD, value, self.slots_B, self.positions_B)
+        if self.fused and triton_kernels.attends(query, key):
+            attended = triton_kernels.attend(query, self.keys_SHLD, self.values_SHLD, self.positions_B, scaling)
+        else:
+            keys, values = self.keys_SHLD[:count, :, :length], self.values_SHLD[:count, :, :length]
+            attended = _attend_to_slots(_grouped(query, key), keys, values, mask=self.mask_B11L, scaling=scaling)
+        return attended.reshape(count, 1, query.shape[1], query.shape[3])
+
+
+def _store(slots_SHLD: Tensor, new_BH1D: Tensor, slots_B: Tensor, positions_B: Tensor) -> None:
+    slots_SHLD[slots_B, :, positions_B] = new_BH1D[:, :, 0]
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """The heads that share keys as if they were new positions of one."""
+    return query.view(query.shape[0], key.shape[1], -1, query.shape[3])
 
 
 def _length_mask(positions_B: Tensor, length: int, dtype: torch.dtype) -> Tensor:

@@ -96,6 +96,9 @@ def test_the_weights_are_shared_and_the_model_is_as_it_was() -> None:
     assert all(type(layer) is not PackedLinear for layer in model.modules())
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()} <= storages
+    again = fast_decoder(model, backend=None)  # what was recorded on the first stays right
+    assert again is not None
+    assert {parameter.data_ptr() for parameter in again.parameters()} == {p.data_ptr() for p in decoder.parameters()}
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(held.values()) == sum(parameter.nbytes for parameter in before.values())
     assert {buffer.data_ptr() for buffer in decoder.buffers()} == {buffer.data_ptr() for buffer in model.buffers()}

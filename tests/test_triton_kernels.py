@@ -11,6 +11,8 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="Triton has no package for this system")
 from pulse_ecg.engine import triton_kernels as kernels
+from pulse_ecg.engine.fast_decoder import fast_decoder
+from tests.test_fast_decoder import a_runner, assert_steps_agree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,3 +74,20 @@ def test_the_shapes_that_are_known() -> None:
     assert not attends((3, 32, 1, 128), (3, 8, 1, 128)), "grouped heads"
     assert not attends((3, 32, 1, 80), (3, 32, 1, 80)), "a width that is no power of two"
     assert not attends((3, 32, 2, 128), (3, 32, 2, 128)), "several positions"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what the engine checks itself whenever it starts on a GPU")
+def test_a_step_through_the_kernels_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        runner = a_runner("flat")
+        decoder = fast_decoder(runner._decoder, backend=None)
+        assert decoder is not None
+        monkeypatch.setattr(kernels, "serve", lambda _: True)
+        used = list[str]()
+        for name in ("matvec", "attend"):
+            kernel = getattr(kernels, name)
+            monkeypatch.setattr(kernels, name, lambda *given, n=name, k=kernel: used.append(n) or k(*given))
+        for rows in (1, 3):
+            assert_steps_agree(runner, decoder, rows, 1024)
+    layers = len(runner._decoder.layers)
+    assert (used.count("matvec"), used.count("attend")) == (4 * layers, 2 * layers)

@@ -7,7 +7,7 @@ compiled, linear layers with the same input are one product, and a single row's 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,12 +16,10 @@ from torch.nn import functional
 
 from pulse_ecg.engine.slots import FirstSlotsView
 
-_Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_single_row: _Product
 try:
-    from pulse_ecg.engine.triton_kernels import matvec as _single_row
+    from pulse_ecg.engine import triton_kernels
 except ImportError:  # where torch has no CUDA
-    _single_row = functional.linear
+    triton_kernels = None  # type: ignore[assignment]
 
 _Layers = tuple[tuple[str, tuple[str, ...]], ...]
 _SAME_INPUT: _Layers = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
@@ -57,14 +55,21 @@ def _plain(owner: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _join_weights(layers: Sequence[nn.Module]) -> None:
-    """Lay the weights of layers one after another in memory, and the biases, each where it still is that layer's."""
+    """Lay the weights of layers one after another in memory, and the biases; each layer still has its own."""
     for name in ("weight", "bias"):
         parts = [getattr(layer, name) for layer in layers]
-        if parts[0] is None:
+        if parts[0] is None or _adjacent(parts):  # what was recorded on them stays right
             continue
         joint = torch.cat(parts)
         for layer, part in zip(layers, torch.split(joint, [len(part) for part in parts]), strict=True):
             setattr(layer, name, nn.Parameter(part, requires_grad=False))
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    """Whether these lie one after another in one piece of memory."""
+    ends = [part.storage_offset() + part.numel() for part in parts]
+    in_line = all(part.storage_offset() == end for part, end in zip(parts[1:], ends, strict=False))
+    return in_line and len({part.untyped_storage().data_ptr() for part in parts}) == 1
 
 
 def _join(owner: nn.Module, names: Sequence[str]) -> None:
@@ -88,12 +93,16 @@ class _Joint:
     def part(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index`` makes of ``x``."""
         if self.x is not x:
-            linear = _single_row if x.is_cuda and x.numel() == x.shape[-1] else functional.linear
-            self.x, self.parts = x, torch.split(linear(x, self.weight, self.bias), self.sizes, dim=-1)
+            self.x, self.parts = x, torch.split(self._product(x), self.sizes, dim=-1)
         part = self.parts[index]
         if index == len(self.sizes) - 1:
             self.x, self.parts = None, ()
         return part
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.numel() == x.shape[-1] and triton_kernels is not None and triton_kernels.serve(x):
+            return triton_kernels.matvec(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ class DecodeGraphs:
         """Records all graphs."""
         device = slots.keys_SHLD[0].device
         self._slots = slots
+        self._step = step  # a graph reads the memory of what it recorded
         self._tokens_S = torch.zeros(slots.count, dtype=torch.long, device=device)
         self._positions_S = torch.zeros(slots.count, dtype=torch.long, device=device)
         shapes = [(b, length) for b in batch_sizes(slots.count) for length in lengths(slots.positions)]

@@ -42,6 +42,7 @@ class ModelRunner:
     def __init__(self, model: LoadedModel, slots: KeyValueSlots) -> None:
         """The language model attends to slots from now on, and to nothing else."""
         self.tokens_S = torch.zeros(slots.count, dtype=torch.long, device=model.device)
+        self.compiled = False
         self.chunk = CUDA_CHUNK if model.device.type == "cuda" else CHUNK
         self._model = model
         self._decoder = model.network.language_model.model
@@ -54,7 +55,9 @@ class ModelRunner:
     def capture(self) -> None:
         """Record decode steps as CUDA graphs; without a GPU, or if that fails, steps run eagerly."""
         if self._model.device.type == "cuda":
-            self._graphs = cuda_graphs(self._fast_step() or self._decode, self._slots)
+            fast = self._fast_step()
+            self.compiled = fast is not None
+            self._graphs = cuda_graphs(fast or self._decode, self._slots)
 
     def embed(self, ids: Sequence[int], image_embeddings: Tensor | None) -> Tensor:
         """The embeddings of token ids, the image's in its slot, ``(1, L, D)``."""
@@ -133,6 +136,7 @@ class ModelRunner:
         places = [0, 1, 2, min(_TRIED_POSITION, slots.positions - 1)]
         logits: list[Tensor] = []
         for fast in (False, True):
+            _empty(slots, rows)
             for place in places:
                 tokens_B = torch.arange(rows, device=device) + place + 3
                 slots.filled[:rows] = [place] * rows
@@ -142,7 +146,13 @@ class ModelRunner:
                 else:
                     last_BV = self._decode(tokens_B, DecodeView(slots, range(rows)))
             logits.append(last_BV.double())
-            for slot in range(rows):
-                slots.clear(slot)
+        _empty(slots, rows)
         plain, fast_ones = logits
         return float((fast_ones - plain).norm() / plain.norm())
+
+
+def _empty(slots: KeyValueSlots, rows: int) -> None:
+    """Nothing is left in the first slots."""
+    for slot in range(rows):
+        slots.filled[slot] = slots.positions - 1
+        slots.clear(slot)

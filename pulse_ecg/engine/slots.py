@@ -239,7 +239,7 @@ class FirstSlotsView:
     def layer(self, number: int, *, fused: bool = False) -> LayerView:
         """The window on one layer alone; ``fused`` for attention in kernels of our own, where they know the shapes."""
         keys_SHLD, values_SHLD = self._slots.keys_SHLD[number], self._slots.values_SHLD[number]
-        fused = fused and keys_SHLD.is_cuda and triton_kernels is not None
+        fused = fused and triton_kernels is not None and triton_kernels.serve(keys_SHLD)
         return LayerView(keys_SHLD, values_SHLD, self.slots_B, self.positions_B, self.mask_B11L, fused)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -15,6 +15,11 @@ OUTPUTS, INPUTS, MATVEC_WARPS = 2, 2048, 8
 PARTS, POSITIONS, ATTENTION_WARPS = 32, 32, 2
 
 
+def serve(tensor: Tensor) -> bool:
+    """Whether these kernels run where the tensor lies."""
+    return tensor.is_cuda
+
+
 def matvec(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear`` of a single row ``(..., K)``, summed in float32; ``weight_NK`` is contiguous."""
     outputs, inputs = weight_NK.shape

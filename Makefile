@@ -26,7 +26,7 @@ test: .venv/complete ## the tests on the newest supported libraries
 	.venv/bin/python -m pytest -m "not parity and not load"
 
 # What transformers, accelerate and huggingface_hub have a part in; nothing else differs between the two environments.
-ON_THEM = $(patsubst %,tests/test_%.py,call checkpoint deploy emulator engine* generation handler quantization sampling \
+ON_THEM = $(patsubst %,tests/test_%.py,call checkpoint deploy emulator engine* fast_decoder generation handler quantization sampling \
 	serve_chat serve_process stock_container test_requests tokenizer vllm_settings)
 
 test-oldest: .venv-oldest/complete ## the handler's tests on the stock container's transformers
@@ -57,7 +57,7 @@ load: .venv/complete ## our own server under two hundred connections that stall 
 bench-engine: .venv/complete ## the engine against the official code, plain generate and under traffic (half an hour)
 	env -u OMP_WAIT_POLICY .venv/bin/python -m benchmarks.bench_engine
 
-bench-gpu: .venv/complete ## a random 7B of the true shape against a GPU's limits; needs a GPU
+bench-gpu: .venv/complete ## a random 7B of the true shape against a GPU's limits; needs a GPU (three minutes)
 	.venv/bin/python -m benchmarks.bench_gpu
 
 bench-vllm: .venv-vllm/complete ## our engine, vLLM's own and ours on vLLM at concurrency 8, on a CPU

@@ -1,10 +1,10 @@
-"""The figures of ``bench_engine`` as pictures.
+"""The figures of ``bench_engine`` and ``bench_gpu`` as pictures.
 
     python -m benchmarks.plots RESULT.json DIR
 
 ``RESULT.json`` holds the benchmark's JSON document (``--out``), or all that it printed.  DIR gets ``answer.png``
 (one image answer by side and stage) and, unless the sweep was left out, ``concurrency.png`` (throughput and latency
-against callers).
+against callers); of ``bench_gpu``, ``gpu.png`` (shares of the device's limits, and answers against plain ``generate``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def draw(figures: dict[str, Any], folder: Path) -> list[Path]:
     pyplot = importlib.import_module("matplotlib.pyplot")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    painters = {"answer": _answer} | ({"concurrency": _concurrency} if "text" in figures else {})
+    if "limits" in figures:
+        painters = {"gpu": _gpu}
+    else:
+        painters = {"answer": _answer} | ({"concurrency": _concurrency} if "text" in figures else {})
     for name, painter in painters.items():
         picture = painter(pyplot, figures)
         files.append(folder / f"{name}.png")
@@ -86,6 +89,44 @@ def _concurrency(pyplot: Any, figures: dict[str, Any]) -> Any:
         axes.set_xlabel("callers at once")
     panels[0][0].legend(frameon=False)
     return picture
+
+
+def _gpu(pyplot: Any, figures: dict[str, Any]) -> Any:
+    """What is reached of the device's limits; seconds of answers, one and sixteen."""
+    picture, (shares, answers) = pyplot.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
+    reached = {
+        "prefill": figures["prefill"]["of_matrix_rate"],
+        "vision tower": figures["vision"]["of_matrix_rate"],
+        "decode, about a text": figures["decode"]["text"]["of_bandwidth"],
+        "decode, about an image": figures["decode"]["image"]["of_bandwidth"],
+    }
+    for name, found in figures["decode"].items():
+        if name.startswith("image_") and found:
+            reached[f"decode, {name.removeprefix('image_')} images at once"] = found["of_bandwidth"]
+    colours = ["#f58518" if name in ("prefill", "vision tower") else "#54a24b" for name in reached]
+    _bars(shares, {name: 100 * share for name, share in reached.items()}, colours, "{:.0f} %")
+    shares.set_xlabel("% of the measured matrix rate (orange) or bandwidth (green)")
+    plain, at_once = figures["plain"], figures["at_once"]
+    seconds = {
+        "transformers generate": plain["answer_s"],
+        "this engine": plain["answer_s"] / plain["over_ours"],
+        "generate, 16 times that": at_once["over_plain"] * at_once["together_s"],
+        "this engine, 16 one by one": at_once["one_after_another_s"],
+        "this engine, 16 at once": at_once["together_s"],
+    }
+    _bars(answers, seconds, ["#8c8c8c", "#4c78a8", "#8c8c8c", "#4c78a8", "#4c78a8"], "{:.1f} s")
+    answers.set_xlabel("seconds; image questions, 64 new tokens each")
+    picture.suptitle(f"{figures['limits']['name']}, {figures['model']['dtype']}", fontsize=10)
+    return picture
+
+
+def _bars(axes: Any, values: dict[str, float], colours: list[str], form: str) -> None:
+    axes.barh(list(values), list(values.values()), color=colours)
+    for row, value in enumerate(values.values()):
+        axes.annotate(form.format(value), (value, row), xytext=(4, -4), textcoords="offset points")
+    axes.set_xlim(0, 1.15 * max(values.values()))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:

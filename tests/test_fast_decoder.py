@@ -6,6 +6,7 @@ import copy
 import logging
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +30,10 @@ TRACED = "aot_eager"  # all of the compiler but the code that it writes, for whi
 
 
 @pytest.fixture(autouse=True)
-def compiled_anew() -> None:
+def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(module, "_has_c_compiler", lambda: True)  # none is needed here
 
 
 def a_runner(kind: str, slots: int = 4) -> ModelRunner:
@@ -226,6 +228,21 @@ def test_where_compiling_fails_the_plain_step_is_left(
     assert "not compiled (OSError)" in caplog.text and "somebody" not in caplog.text
     with torch.inference_mode():
         assert runner.decode([0]).isfinite().all()
+
+
+def test_without_a_c_compiler_nothing_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(module, "fast_decoder", lambda _: pytest.fail("it was tried"))
+    assert a_runner("flat")._fast_step() is None
+    assert "no C compiler (gcc or clang)" in caplog.text
+    compiler = tmp_path / "mycc"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert module._has_c_compiler()
 
 
 @pytest.mark.parametrize("kind", ["flat", "grouped"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -112,6 +114,9 @@ class ModelRunner:
     def _fast_step(self) -> DecodeStep | None:
         """The step through :func:`fast_decoder`, once it is seen to do what the plain one does; else None."""
         started = time.perf_counter()
+        if not _has_c_compiler():
+            logger.warning("Decode steps are not compiled, and slower: there is no C compiler (gcc or clang).")
+            return None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, about itself
@@ -149,6 +154,11 @@ class ModelRunner:
         _empty(slots, rows)
         plain, fast_ones = logits
         return float((fast_ones - plain).norm() / plain.norm())
+
+
+def _has_c_compiler() -> bool:
+    """Triton makes what launches its kernels with one; without it torch fails late, and at length."""
+    return any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
 
 
 def _empty(slots: KeyValueSlots, rows: int) -> None:

@@ -54,9 +54,17 @@ class Told(NamedTuple):
 
 
 def pack(
-    questions: Sequence[Question], tokenizer: Tokenizer, *, system: str = LLAVA_V1_SYSTEM, image_tokens: int = 0
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    system: str = LLAVA_V1_SYSTEM,
+    image_tokens: int | None = None,
 ) -> Pack:
-    """Prompts exactly as the endpoint builds them, each with its answer and the end of the turn."""
+    """Prompts exactly as the endpoint builds them, each with its answer and the end of the turn.
+
+    Args:
+        image_tokens: how many the whole image has, 0 for prompts without an image; needed where a part is given.
+    """
     before: list[int] = []
     after: list[int] = []
     labels: list[int] = []
@@ -66,12 +74,12 @@ def pack(
     for number, question in enumerate(questions, start=1):
         ids = prompt_ids(
             Conversation((Turn("user", question.text),), system),
-            with_image=True,
+            with_image=image_tokens != 0,
             tokenizer=tokenizer,
             context_length=4096,
         )
-        slot = ids.index(IMAGE_TOKEN_INDEX)
-        before, asked = ids[:slot], ids[slot + 1 :]
+        slot = ids.index(IMAGE_TOKEN_INDEX) if image_tokens != 0 else -1
+        before, asked = ids[: max(slot, 0)], ids[slot + 1 :]
         said, *others = (
             [*tokenizer.encode(text), tokenizer.eos_id] for text in (question.answer, *dict(question.close))
         )
@@ -80,7 +88,7 @@ def pack(
         shares += [{}] * len(asked) + _shares(said, list(zip(others, dict(question.close).values(), strict=True)))
         segments += [number] * (len(asked) + len(said))
         positions += range(len(asked) + len(said))
-    return Pack(before, after, labels, shares, segments, positions, image_tokens)
+    return Pack(before, after, labels, shares, segments, positions, image_tokens or 0)
 
 
 def _shares(said: list[int], others: Sequence[tuple[list[int], float]]) -> list[dict[int, float]]:
@@ -112,7 +120,9 @@ def answer_losses(
     device = table.weight.device
     sequences, owners, positions = [], [], []
     for image, packed, place in zip(features, packs, places or [None] * len(packs), strict=True):
-        before, after = (table(torch.tensor(ids, device=device)).float() for ids in (packed.before, packed.after))
+        before, after = (
+            table(torch.tensor(ids, dtype=torch.long, device=device)).float() for ids in (packed.before, packed.after)
+        )
         shared = len(before) + len(image)
         sequences.append(torch.cat([before, image.float(), after]))
         owners.append(torch.tensor([0] * shared + packed.segments, device=device))

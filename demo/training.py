@@ -25,7 +25,7 @@ from demo.decoding import answers
 from demo.muon import Muon
 from demo.network import SHAPE, computing, fresh_model, normalised
 from demo.packing import Pack, Told, answer_losses, pack
-from demo.questions import FOREIGN_PROMPT, KINDS, Question, ask, correct
+from demo.questions import FOREIGN_PROMPT, KINDS, NO_IMAGE, Question, ask, correct
 from demo.samples import Sample, rate_target, sample_at
 from demo.wordings import Kind
 from pulse_ecg.prompt import LLAVA_V1_SYSTEM
@@ -45,6 +45,7 @@ _FOREIGN_SYSTEMS = (
     "",
 )
 _FOREIGN_SHARE = 0.06
+_NO_IMAGE_SHARE = 0.03
 _READING = 6.0  # what the rate that the language model reads as a number counts
 _SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
 _QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "rate", "yes/no", "yes/no", "beyond")
@@ -277,21 +278,29 @@ class Trainer:
         """What the answers' tokens cost, by kind of question, and the rate that the language model reads."""
         asked: list[list[Question]] = []
         packs = []
-        for sample in samples:
+        parts, places = [*parts], [*places]
+        for index, sample in enumerate(samples):
             questions = [ask(kind, sample.diagnosis, self._questions) for kind in _QUESTIONS]
-            system = LLAVA_V1_SYSTEM
-            if self._random.random() < _FOREIGN_SHARE:
-                questions = [Question("rhythm", question.text, FOREIGN_PROMPT, "") for question in questions[:3]]
+            system, image_tokens = LLAVA_V1_SYSTEM, _patches(sample)
+            lot = self._random.random()
+            if lot < _FOREIGN_SHARE:
+                questions = [_instead(question, FOREIGN_PROMPT) for question in questions[:3]]
                 system = self._random.choice(_FOREIGN_SYSTEMS)
+            elif lot < _FOREIGN_SHARE + _NO_IMAGE_SHARE:
+                asked_of = self._random.sample(questions, 3)
+                questions = [_instead(question, NO_IMAGE) for question in asked_of]
+                parts[index], places[index], image_tokens = parts[index][:0], None, 0
             asked.append(questions)
-            packs.append(pack(questions, self.model.tokenizer, system=system, image_tokens=_patches(sample)))
+            packs.append(pack(questions, self.model.tokenizer, system=system, image_tokens=image_tokens))
         totals: dict[str, list[Tensor]] = {}
         for sample, questions, told in zip(samples, asked, self._answered(parts, packs, places), strict=True):
             by_question = told.losses_A.new_zeros(len(questions)).index_add(0, told.owner_A, told.losses_A)
             for question, loss in zip(questions, by_question, strict=True):
-                name = f"answer {question.kind}" if question.key else "foreign prompt"
+                name = f"answer {question.kind}" if question.key else _OTHERWISE[question.answer]
                 totals.setdefault(name, []).append(loss)
-            of_rates = torch.tensor([question.kind == "rate" for question in questions], device=told.owner_A.device)
+            of_rates = torch.tensor(
+                [question.kind == "rate" and bool(question.key) for question in questions], device=told.owner_A.device
+            )
             rate_hidden = told.inner_AD[of_rates[told.owner_A]]
             if len(rate_hidden):
                 totals.setdefault("rate read", []).append(
@@ -356,6 +365,14 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         """The plan, for the record."""
         return asdict(self.plan)
+
+
+_OTHERWISE = {FOREIGN_PROMPT: "foreign prompt", NO_IMAGE: "no image"}
+"""The losses' names of the answers that say why there is no other."""
+
+
+def _instead(question: Question, answer: str) -> Question:
+    return Question(question.kind, question.text, answer, "")
 
 
 def _patches(sample: Sample) -> int:

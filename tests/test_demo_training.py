@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from demo import sparse
+from demo import sparse, training
 from demo.decoding import answers
 from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
 from demo.packing import answer_losses, cross_entropy, pack
-from demo.questions import KINDS, ask, key_of
+from demo.questions import KINDS, NO_IMAGE, ask, key_of
 from demo.samples import PATCH, SIDE, diagnosis_at, image_at, rate_of, rate_target, sample_at
 from demo.signals import draw_ecg
 from demo.train import PLANS, main, stages_left
@@ -51,6 +51,41 @@ def test_packed_questions_cost_what_each_costs_alone(model: LoadedModel) -> None
             for number, question in enumerate(questions):
                 (alone,) = answer_losses(model.network, [image], [pack([question], model.tokenizer)])
                 torch.testing.assert_close(told.losses_A[told.owner_A == number], alone.losses_A, atol=1e-4, rtol=1e-4)
+
+
+def test_questions_without_an_image_are_the_endpoints_own_prompts(model: LoadedModel) -> None:
+    """Beside an image in the batch, with the losses that a plain pass over prompt and answer gives."""
+    rng, width = np.random.default_rng(0), model.config.llama.hidden_size
+    asked = [replace(ask(kind, draw_ecg(rng).diagnosis, rng), answer=NO_IMAGE, close=()) for kind in KINDS[:3]]
+    packs = [pack(asked, model.tokenizer, image_tokens=0), pack(asked, model.tokenizer)]
+    with torch.no_grad():
+        told, _ = answer_losses(model.network, [torch.empty(0, width), torch.randn(50, width)], packs)
+        for number, question in enumerate(asked):
+            ids = prompt_ids(
+                Conversation((Turn("user", question.text),)),
+                with_image=False,
+                tokenizer=model.tokenizer,
+                context_length=4096,
+            )
+            said = [*model.tokenizer.encode(NO_IMAGE), model.tokenizer.eos_id]
+            logits = model.network.language_model(input_ids=torch.tensor([[*ids, *said]])).logits[0]
+            expected = functional.cross_entropy(logits[len(ids) - 1 : -1], torch.tensor(said), reduction="none")
+            torch.testing.assert_close(told.losses_A[told.owner_A == number], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["read", "both"])
+def test_some_questions_of_a_training_come_without_their_image(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tmp_path, replace(PLANS[stage], batch=1), device="cpu", workers=0)
+    batch = trainer._batch()
+    for share, expected in ((0.0, {"answer rate", "rate read"}), (1.0, {"no image"})):
+        monkeypatch.setattr(training, "_FOREIGN_SHARE", 0.0)
+        monkeypatch.setattr(training, "_NO_IMAGE_SHARE", share)
+        with torch.no_grad():
+            answers_of = {name for name in trainer._losses(batch) if name.startswith(("answer", "rate", "no im"))}
+        assert expected <= answers_of and ("no image" in answers_of) == (share == 1)
+        assert share == 0 or answers_of == {"no image"}
 
 
 def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:

@@ -5,7 +5,8 @@
 # Face's own guide to custom containers starts from.  Its torch is kept: another one would lie in a second layer beside it.
 FROM pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime
 
-# What launches the kernels of compiled decode steps is made by a C compiler, when the server starts.
+# What launches the kernels of compiled decode steps is made by a C compiler when the server starts; the base's Python has
+# its headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \

@@ -149,14 +149,17 @@ def test_the_smallest_graph_that_holds_the_rows_is_replayed(filled: list[int], d
 
     def step(tokens_B: Tensor, view: FirstSlotsView) -> Tensor:
         run.append((len(tokens_B), view.mask_B11L.shape[3]))
-        return torch.stack([tokens_B, view.positions_B], dim=1)
+        return torch.stack([tokens_B, view.positions_B, view.last_B], dim=1)
 
     recorded = DecodeGraphs(step, slots, rerun)
     assert sorted(run) == sorted((b, n) for b in batch_sizes(len(filled)) for n in lengths(POSITIONS))
     run.clear()
     tokens_S = torch.arange(len(filled)) + 100
     rows = recorded.replay(tokens_S, chosen)
-    assert rows.tolist() == [[100 + slot, filled[slot]] for slot in chosen]
+    assert rows.tolist() == [[100 + slot, filled[slot], filled[slot]] for slot in chosen]
+    idle = [slot for slot in range(len(filled)) if slot not in chosen]
+    assert not recorded._places_2S[1, idle].any(), "what nobody reads is computed"
+    assert recorded._places_2S[0].tolist() == filled
     ((batch, length),) = run
     assert batch > chosen[-1]
     assert not [b for b in batch_sizes(len(filled)) if chosen[-1] < b < batch]
@@ -226,15 +229,17 @@ def failing(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("capture failed")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("capture failed"), TypeError("no such kernel")]
+)
 def test_decoding_is_eager_where_nothing_can_be_recorded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cleaned = list[str]()
-    monkeypatch.setattr(module, "_cuda_recorder", lambda: failing(error))
+    monkeypatch.setattr(module, "cuda_recorder", lambda: failing(error))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cleaned.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleaned.append("empty_cache"))
     engine = SteppedEngine(engine_model("flat"), slots=2)
     assert cuda_graphs(engine._runner._decode, engine.slots) is None
     assert cleaned == ["synchronize", "empty_cache"]
-    assert f"decoding is eager: {type(error).__name__}" in caplog.text
+    assert f"No CUDA graphs of these decode steps: {type(error).__name__}." in caplog.text

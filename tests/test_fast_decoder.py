@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import sysconfig
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from pulse_ecg.engine.fast_decoder import fast_decoder
 from pulse_ecg.engine.graphs import DecodeGraphs
 from pulse_ecg.engine.packed_linear import PackedLinear
 from pulse_ecg.engine.runner import ModelRunner
-from pulse_ecg.engine.slots import FirstSlotsView, KeyValueSlots
+from pulse_ecg.engine.slots import FirstSlotsView, KeyValueSlots, LayerView
 from tests.engine_turns import SteppedEngine, alone, answered, asks, load_engine_model, one_thread, rerun
 
 __all__ = ["one_thread"]  # a fixture that every test here uses
@@ -33,7 +36,8 @@ TRACED = "aot_eager"  # all of the compiler but the code that it writes, for whi
 def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(module, "_has_c_compiler", lambda: True)  # none is needed here
+    monkeypatch.setattr(module, "_missing_for_triton", lambda: None)  # which is not needed here
+    monkeypatch.setattr(module, "_seconds", lambda *_: 1.0)
 
 
 def a_runner(kind: str, slots: int = 4) -> ModelRunner:
@@ -96,11 +100,16 @@ def test_the_weights_are_shared_and_the_model_is_as_it_was() -> None:
     after = dict(model.named_parameters())
     assert all(torch.equal(parameter, after[name]) for name, parameter in before.items())
     assert all(type(layer) is not PackedLinear for layer in model.modules())
-    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()} <= storages
+    own = {parameter.data_ptr() for parameter in model.parameters()}
     again = fast_decoder(model, backend=None)  # what was recorded on the first stays right
     assert again is not None
-    assert {parameter.data_ptr() for parameter in again.parameters()} == {p.data_ptr() for p in decoder.parameters()}
+    for other in (decoder, again):
+        shared = list(inner(other).parameters())
+        assert len(shared) == len(before)
+        assert {parameter.data_ptr() for parameter in shared} == own
+        joints = {id(part._joint): part._joint for part in inner(other).modules() if hasattr(part, "_joint")}
+        assert len(joints) == 4 * len(model.layers)
+        assert {joint.weight.data_ptr() for joint in joints.values()} <= own
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert sum(held.values()) == sum(parameter.nbytes for parameter in before.values())
     assert {buffer.data_ptr() for buffer in decoder.buffers()} == {buffer.data_ptr() for buffer in model.buffers()}
@@ -159,7 +168,7 @@ def test_there_is_none_where_a_layer_is_not_plain() -> None:
     runner._decoder.layers[1].mlp.down_proj = Other(8, 8)
     weights = [parameter.data_ptr() for parameter in runner._decoder.parameters()]
     assert fast_decoder(runner._decoder) is None
-    assert runner._fast_step() is None
+    assert runner._fast_step(rerun) is None
     assert [parameter.data_ptr() for parameter in runner._decoder.parameters()] == weights
 
 
@@ -168,7 +177,7 @@ def test_there_is_none_where_a_layer_is_not_plain() -> None:
 
 def assert_empty(slots: KeyValueSlots) -> None:
     assert slots.filled == [0] * slots.count
-    assert not any(tensor.any() for tensor in (*slots.keys_SHLD, *slots.values_SHLD))
+    assert not any(tensor[:, :, : slots.positions].any() for tensor in (*slots.keys_SHLD, *slots.values_SHLD))
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -178,7 +187,7 @@ def test_a_step_that_agrees_is_taken(
     monkeypatch.setattr(module, "fast_decoder", partial(fast_decoder, backend=None))
     runner = a_runner("flat", slots)
     with torch.inference_mode(), caplog.at_level(logging.INFO):
-        assert runner._fast_step() is not None
+        assert runner._fast_step(rerun) is not None
     assert "Decode steps compiled" in caplog.text
     assert_empty(runner._slots)
 
@@ -197,11 +206,22 @@ def wrong_positions(model: nn.Module) -> nn.Module | None:
 
 
 def not_a_number(model: nn.Module) -> nn.Module | None:
+    """Of several rows; of a single one all is well."""
     decoder = fast_decoder(model, backend=None)
     assert decoder is not None
-    decoder.norm = copy.deepcopy(decoder.norm)
-    decoder.norm.weight.fill_(float("nan"))
+    forward = decoder.forward
+
+    def sometimes(*, position_ids: Tensor, **given: Any) -> Any:
+        output = forward(position_ids=position_ids, **given)
+        if len(position_ids) > 1:
+            output.last_hidden_state[-1] = float("nan")
+        return output
+
+    decoder.forward = sometimes  # type: ignore[method-assign]
     return decoder
+
+
+HALF, BRAIN = (module._tolerance(dtype) for dtype in (torch.float16, torch.bfloat16))
 
 
 @pytest.mark.parametrize("decoder", [wrong_positions, not_a_number])
@@ -209,10 +229,79 @@ def test_a_step_that_differs_is_not(
     decoder: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "fast_decoder", decoder)
-    runner = a_runner("flat")
+    monkeypatch.setattr(module, "_tolerance", lambda _: BRAIN)
+    runner = a_runner("flat", 3)
     with torch.inference_mode():
-        assert runner._fast_step() is None
-    assert "differ by" in caplog.text and "not used" in caplog.text
+        assert runner._fast_step(rerun) is None
+    assert "Decode steps are not compiled: compiled, the logits differ by a share of " in caplog.text
+    assert_empty(runner._slots)
+
+
+def seen(
+    view: LayerView, query: Tensor, scaling: float, *, first: int = 0, less: int = 0, unmasked: bool = False
+) -> Any:
+    """Attention by the formula, to some of the positions only or to too many."""
+    found = []
+    for row, position in enumerate(view.positions_B.tolist()):
+        end = view.mask_B11L.shape[3] if unmasked else max(first + 1, position + 1 - less)
+        keys, values = view.keys_SHLD[row, :, first:end], view.values_SHLD[row, :, first:end]
+        weights = (query[row] @ keys.transpose(1, 2) * scaling).softmax(-1)
+        found.append((weights @ values).transpose(0, 1))
+    return torch.stack(found)
+
+
+SABOTAGES: dict[str, Callable[[LayerView, Tensor, float], Tensor]] = {
+    "nothing is attended to": lambda view, query, scaling: torch.zeros_like(seen(view, query, scaling)),
+    "what lies past the position too": lambda view, query, scaling: seen(view, query, scaling, unmasked=True),
+    "not the own position": lambda view, query, scaling: seen(view, query, scaling, less=1),
+    "not the first positions": lambda view, query, scaling: seen(view, query, scaling, first=64),
+    "heads in another order": lambda view, query, scaling: seen(view, query, scaling).flip(2),
+    "no scaling": lambda view, query, scaling: seen(view, query, 1.0),
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+@pytest.mark.parametrize("tolerance", [HALF, BRAIN])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_step_that_attends_to_something_else_is_not(
+    sabotage: str, tolerance: float, slots: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attend = LayerView.attend
+
+    def attends(view: LayerView, *given: Any) -> Tensor:
+        attend(view, *given)  # what is stored is right
+        return SABOTAGES[sabotage](view, given[1], given[4])
+
+    monkeypatch.setattr(module, "fast_decoder", partial(fast_decoder, backend=None))
+    monkeypatch.setattr(module, "_tolerance", lambda _: tolerance)
+    runner = a_runner("flat", slots)
+    with torch.inference_mode():
+        assert runner._fast_step(rerun) is not None
+        monkeypatch.setattr(LayerView, "attend", attends)
+        assert runner._fast_step(rerun) is None
+    assert "the logits differ" in caplog.text
+
+
+def test_a_step_that_is_slower_is_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "fast_decoder", partial(fast_decoder, backend=None))
+    monkeypatch.setattr(module, "_seconds", lambda _, step, __, rows: 0.002 if isinstance(step, partial) else 0.001)
+    assert a_runner("flat")._fast_step(rerun) is None
+    assert "slower, from 1.0 to 2.0 ms, 1.0 to 2.0 ms" in caplog.text
+
+
+def test_a_steps_time_is_that_of_one_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    runner = a_runner("flat")
+    repeated: list[int] = []
+
+    def sleeping(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        result = run()
+        return lambda: (repeated.append(1), time.sleep(0.01)), result
+
+    with torch.inference_mode():
+        fill(runner)
+        assert 0.01 <= module._seconds(sleeping, runner._decode, runner._slots, 4) < 0.1
+    assert len(repeated) == 1 + module._TIMED
     assert_empty(runner._slots)
 
 
@@ -220,29 +309,36 @@ def test_where_compiling_fails_the_plain_step_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_: object, **__: object) -> Any:
-        raise OSError("/home/somebody/gcc is missing")
+        raise RuntimeError("backend='inductor' raised") from OSError("/home/somebody/gcc is missing")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     runner = a_runner("flat")
-    assert runner._fast_step() is None
-    assert "not compiled (OSError)" in caplog.text and "somebody" not in caplog.text
+    assert runner._fast_step(rerun) is None
+    assert "not compiled: RuntimeError from OSError." in caplog.text and "somebody" not in caplog.text
     with torch.inference_mode():
         assert runner.decode([0]).isfinite().all()
 
 
-def test_without_a_c_compiler_nothing_is_tried(
+def test_without_what_triton_needs_nothing_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(module, "fast_decoder", lambda _: pytest.fail("it was tried"))
-    assert a_runner("flat")._fast_step() is None
-    assert "no C compiler (gcc or clang)" in caplog.text
-    compiler = tmp_path / "mycc"
-    compiler.touch(mode=0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    assert module._has_c_compiler()
+    compiler, headers = tmp_path / "gcc", tmp_path / "Python.h"
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    for given, missing in ((None, "C compiler"), ("/nowhere/cc", "C compiler"), (None, "Python.h"), (None, None)):
+        monkeypatch.delenv("CC", raising=False)
+        if given:
+            monkeypatch.setenv("CC", given)
+        assert missing in (module._missing_for_triton() or "") if missing else module._missing_for_triton() is None
+        if missing == "C compiler" and given:
+            compiler.touch(mode=0o755)
+        elif missing == "Python.h":
+            headers.touch()
+    headers.unlink()
+    assert a_runner("flat")._fast_step(rerun) is None
+    assert "Decode steps are not compiled: there is no Python.h" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["flat", "grouped"])
@@ -252,7 +348,7 @@ def test_answers_of_recorded_fast_steps_are_the_plain_ones(kind: str, monkeypatc
     engine = SteppedEngine(load_engine_model(kind), slots=4)
     steps = list[int]()
     with torch.inference_mode():
-        step = engine._runner._fast_step()
+        step = engine._runner._fast_step(rerun)
         assert step is not None
         engine._runner._graphs = DecodeGraphs(
             lambda tokens_B, view: steps.append(len(tokens_B)) or step(tokens_B, view), engine.slots, rerun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +27,8 @@ LEAST = {"rhythm": 0.8, "rate": 0.7, "yes/no": 0.85}
 @pytest.fixture(scope="module")
 def gpu_handler() -> Iterator[EndpointHandler]:
     with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("PULSE_", "DEEPSEEK_")) or n == "deep_key"]:
+            patch.delenv(name)
         patch.setenv("PULSE_DEVICE", "cuda")
         patch.setenv("PULSE_DTYPE", "float16")
         yield EndpointHandler(str(ROOT / "demo" / "checkpoint"))

@@ -26,7 +26,7 @@ def on_the_device() -> Iterator[None]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(64, 2048), (64, 4096), (301, 777), (5, 3), (1, 2049), (3, 2048)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_product_of_a_row(shape: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
     weight, x = torch.randn(shape) / shape[1] ** 0.5, torch.randn(1, 1, shape[1])
     offset = torch.randn(shape[0]) if bias else None
@@ -34,8 +34,8 @@ def test_the_product_of_a_row(shape: tuple[int, int], bias: bool, dtype: torch.d
     given = (t if t is None else t.to(dtype) for t in (x, weight, offset))
     product = kernels.matvec(*given)
     assert product.shape == expected.shape and product.dtype == dtype
-    exact = dtype == torch.float32
-    torch.testing.assert_close(product.float(), expected, atol=1e-5 if exact else 5e-3, rtol=1e-5 if exact else 5e-3)
+    error = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(product.float(), expected, atol=error, rtol=error)
 
 
 SLOT = 1100
@@ -43,19 +43,24 @@ PLACES = [[0], [31], [32], [1023], [1024], [SLOT - 1], [5, 0, 700], [SLOT - 1, 6
 
 
 @pytest.mark.parametrize("positions", PLACES, ids=str)
-@pytest.mark.parametrize("width", [16, 64])
-def test_each_row_attends_to_its_own_positions_alone(positions: list[int], width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(16, torch.float32), (64, torch.float32), (128, torch.float16), (128, torch.bfloat16)], ids=str
+)
+def test_each_row_attends_to_its_own_positions_alone(positions: list[int], width: int, dtype: torch.dtype) -> None:
     rows, heads = len(positions), 2
-    keys, values = torch.randn(rows + 1, heads, SLOT, width) * 2, torch.randn(rows + 1, heads, SLOT, width)
-    query = torch.randn(rows, 1, heads, width).transpose(1, 2)  # as transformers gives it
+    keys, values = (torch.randn(rows + 1, heads, SLOT, width) * 2).to(dtype), torch.randn(rows + 1, heads, SLOT, width)
+    values = values.to(dtype)
+    query = torch.randn(rows, 1, heads, width).transpose(1, 2).to(dtype)  # as transformers gives it
     for row, position in enumerate(positions):  # what an earlier answer left is not seen
         keys[row, :, position + 1 :], values[row, :, position + 1 :] = 1e4, float("nan")
     attended = kernels.attend(query, keys, values, torch.tensor(positions), 0.25)
     assert attended.shape == (rows, heads, 1, width)
     for row, head in itertools.product(range(rows), range(heads)):
         end = positions[row] + 1
-        weights = (keys[row, head, :end] @ query[row, head, 0] * 0.25).softmax(0)
-        torch.testing.assert_close(attended[row, head, 0], weights @ values[row, head, :end], atol=1e-5, rtol=1e-4)
+        weights = (keys[row, head, :end].float() @ query[row, head, 0].float() * 0.25).softmax(0)
+        expected = weights @ values[row, head, :end].float()
+        error = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(attended[row, head, 0].float(), expected, atol=error, rtol=1e-4 + error)
 
 
 def test_large_scores_do_not_overflow() -> None:

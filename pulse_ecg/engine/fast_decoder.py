@@ -132,7 +132,7 @@ class _FastLayer(nn.Module):
             self._step = torch.compile(layer.forward, fullgraph=True, backend=backend, options=_options(backend))
 
     def forward(self, hidden: Tensor, *, view: FirstSlotsView, **given: Any) -> Any:
-        rows: list[Tensor | None] = [hidden, view.positions_B, view.slots_B, view.mask_B11L]
+        rows: list[Tensor | None] = [hidden, view.positions_B, view.last_B, view.slots_B, view.mask_B11L]
         rows += [given.get("position_ids"), *given.get("position_embeddings", ())]
         for tensor in rows:
             if tensor is not None and tensor.shape[0] > 1:

@@ -37,7 +37,7 @@ class DecodeGraphs:
         self._slots = slots
         self._step = step  # a graph reads the memory of what it recorded
         self._tokens_S = torch.zeros(slots.count, dtype=torch.long, device=device)
-        self._positions_S = torch.zeros(slots.count, dtype=torch.long, device=device)
+        self._places_2S = torch.zeros(2, slots.count, dtype=torch.long, device=device)
         shapes = [(b, length) for b in batch_sizes(slots.count) for length in lengths(slots.positions)]
         # The largest first: the others find room in its memory.
         self._graphs = {
@@ -47,8 +47,8 @@ class DecodeGraphs:
 
     def _run(self, step: DecodeStep, batch: int, length: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            positions_B = self._positions_S[:batch]
-            return step(self._tokens_S[:batch], FirstSlotsView(self._slots, positions_B, length))
+            positions_B, last_B = self._places_2S[:, :batch].unbind()
+            return step(self._tokens_S[:batch], FirstSlotsView(self._slots, positions_B, length, last_B=last_B))
 
         return run
 
@@ -58,26 +58,29 @@ class DecodeGraphs:
         batch = next(size for size in batch_sizes(self._slots.count) if size > slots[-1])
         repeat, logits_BV = self._graphs[batch, rounded(longest)]
         self._tokens_S.copy_(tokens_S)
-        self._positions_S.copy_(upload(torch.tensor(self._slots.filled), tokens_S.device))
+        filled = self._slots.filled
+        last = [position if slot in slots else 0 for slot, position in enumerate(filled)]
+        self._places_2S.copy_(upload(torch.tensor([filled, last]), tokens_S.device))
         repeat()
         return logits_BV[: len(slots)] if slots[-1] == len(slots) - 1 else logits_BV[self._slots.index(slots)]
 
 
 def cuda_graphs(step: DecodeStep, slots: KeyValueSlots) -> DecodeGraphs | None:
-    """The graphs of a GPU, or None where they cannot be recorded: decoding is then eager, and slower."""
+    """The graphs of a GPU, or None where they cannot be recorded, which the log then says."""
     started = time.perf_counter()
     try:
-        graphs = DecodeGraphs(step, slots, _cuda_recorder())
-    except RuntimeError as error:  # out of memory among them
+        graphs = DecodeGraphs(step, slots, cuda_recorder())
+    except Exception as error:  # noqa: BLE001 - out of memory, and all that a compiler may raise
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        logger.warning("No CUDA graphs, decoding is eager: %s.", type(error).__name__)
+        logger.warning("No CUDA graphs of these decode steps: %s.", type(error).__name__)
         return None
     logger.info("CUDA graphs recorded in %.1f s.", time.perf_counter() - started)
     return graphs
 
 
-def _cuda_recorder() -> Recorder:
+def cuda_recorder() -> Recorder:
+    """Records on the current device, all into one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one for all: each keeps a workspace of its own
 

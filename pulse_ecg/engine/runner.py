@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pulse_ecg.checkpoint import LoadedModel
+from pulse_ecg.device import Download, Span
 from pulse_ecg.engine.fast_decoder import fast_decoder
-from pulse_ecg.engine.graphs import DecodeGraphs, DecodeStep, cuda_graphs
+from pulse_ecg.engine.graphs import DecodeGraphs, DecodeStep, Recorder, cuda_graphs, cuda_recorder
 from pulse_ecg.engine.slots import (
     ATTENTION,
     AttentionView,
@@ -32,10 +35,14 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 512
 """Positions of a prompt in one forward pass: enough to fill the cores, short enough for others to wait for."""
-CUDA_CHUNK = 1024
-"""On an H100 a pass over 512 takes as long: the host launches its kernels no faster."""
+_LARGE_CHUNK, _MANY_MULTIPROCESSORS = 1024, 100
+"""On GPUs as large as an A100.  Over 512 positions an H100 takes as long: the host launches the kernels no faster."""
 
-_TRIED_POSITION = 700
+_NOT_COMPILED = "Decode steps are not compiled: %s."
+_TRIED_POSITIONS, _TRIED_TURNS = 1000, 3
+_FIRST, _TURN, _ROW = 1, 409, 97  # tried positions: the first, and from turn to turn and row to row
+_TIMED, _NOT_SLOWER = 20, 1.1
+_CAUSES = 4
 
 
 class ModelRunner:
@@ -45,7 +52,7 @@ class ModelRunner:
         """The language model attends to slots from now on, and to nothing else."""
         self.tokens_S = torch.zeros(slots.count, dtype=torch.long, device=model.device)
         self.compiled = False
-        self.chunk = CUDA_CHUNK if model.device.type == "cuda" else CHUNK
+        self.chunk = _chunk(model.device)
         self._model = model
         self._decoder = model.network.language_model.model
         self._slots = slots
@@ -57,9 +64,10 @@ class ModelRunner:
     def capture(self) -> None:
         """Record decode steps as CUDA graphs; without a GPU, or if that fails, steps run eagerly."""
         if self._model.device.type == "cuda":
-            fast = self._fast_step()
-            self.compiled = fast is not None
-            self._graphs = cuda_graphs(fast or self._decode, self._slots)
+            fast = self._fast_step(cuda_recorder())
+            self._graphs = cuda_graphs(fast, self._slots) if fast else None
+            self.compiled = self._graphs is not None
+            self._graphs = self._graphs or cuda_graphs(self._decode, self._slots)
 
     def embed(self, ids: Sequence[int], image_embeddings: Tensor | None) -> Tensor:
         """The embeddings of token ids, the image's in its slot, ``(1, L, D)``."""
@@ -111,54 +119,121 @@ class ModelRunner:
 
     # --- a faster decode step
 
-    def _fast_step(self) -> DecodeStep | None:
-        """The step through :func:`fast_decoder`, once it is seen to do what the plain one does; else None."""
+    def _fast_step(self, record: Recorder) -> DecodeStep | None:
+        """The step through :func:`fast_decoder`, if it is seen to do what the plain one does, and faster."""
         started = time.perf_counter()
-        if not _has_c_compiler():
-            logger.warning("Decode steps are not compiled, and slower: there is no C compiler (gcc or clang).")
+        if missing := _missing_for_triton():
+            logger.warning(_NOT_COMPILED, f"there is no {missing}")
             return None
         try:
-            with warnings.catch_warnings():
+            from torch._inductor import config as compiler  # noqa: PLC0415 - imports much, for this alone
+
+            with warnings.catch_warnings(), compiler.patch(compile_threads=1):  # no processes for a dozen kernels
                 warnings.simplefilter("ignore")  # the compiler's, about itself
                 decoder = fast_decoder(self._decoder)
                 if decoder is None:
+                    logger.info(_NOT_COMPILED, "linear layers are not plain ones")
                     return None
+                self._free_cached_memory()  # what the weights' former places took
                 step = partial(self._decode, decoder=decoder)
-                error = max(self._difference(step, rows) for rows in {1, self._slots.count})
+                rows = sorted({1, self._slots.count})
+                errors = [self._difference(step, count) for count in rows]
+                seconds = [[_seconds(record, either, self._slots, n) for either in (self._decode, step)] for n in rows]
         except Exception as failure:  # noqa: BLE001 - compilers fail in many ways, and the plain step is at hand
-            logger.warning("Decode steps are not compiled (%s), and slower.", type(failure).__name__)
+            self._free_cached_memory()
+            logger.warning(_NOT_COMPILED, _reason(failure))
             return None
-        limit = 32 * torch.finfo(self._model.dtype).eps
-        if not error < limit:
-            logger.warning("Compiled decode steps differ by %.2g of the logits, and are not used.", error)
+        if max(errors) > _tolerance(self._model.dtype):
+            logger.warning(_NOT_COMPILED, f"compiled, the logits differ by a share of {max(errors):.2g}")
             return None
-        logger.info("Decode steps compiled in %.1f s; they agree to %.1g.", time.perf_counter() - started, error)
+        told = ", ".join(f"{1e3 * plain:.1f} to {1e3 * fast:.1f} ms" for plain, fast in seconds)
+        if any(fast > _NOT_SLOWER * plain for plain, fast in seconds):
+            logger.warning(_NOT_COMPILED, f"compiled, they are slower, from {told}")
+            return None
+        took = time.perf_counter() - started
+        logger.info("Decode steps compiled in %.1f s: from %s; logits agree to %.1g.", took, told, max(errors))
         return step
 
     def _difference(self, step: DecodeStep, rows: int) -> float:
-        """How far its logits after some tokens are from the plain step's, as a share of these; empties the slots."""
+        """How far its logits are from the plain step's, as a share of these, where it is worst; empties the slots."""
         slots, device = self._slots, self._model.device
-        places = [0, 1, 2, min(_TRIED_POSITION, slots.positions - 1)]
-        logits: list[Tensor] = []
-        for fast in (False, True):
+        reach = min(_TRIED_POSITIONS, slots.positions)
+        found: list[list[Tensor]] = []
+        try:
+            for fast in (False, True):
+                self._fill(rows, reach)
+                found.append([])
+                for turn in range(_TRIED_TURNS):
+                    places = [(_FIRST + _TURN * turn + _ROW * row) % reach for row in range(rows)]
+                    tokens_B = torch.arange(rows, device=device) + turn + 3
+                    slots.filled[:rows] = places
+                    if fast:
+                        positions_B = torch.tensor(places, device=device)
+                        logits_BV = step(tokens_B, FirstSlotsView(slots, positions_B, rounded(max(places) + 1)))
+                    else:
+                        logits_BV = self._decode(tokens_B, DecodeView(slots, range(rows)))
+                    found[-1].append(logits_BV.double())
+        finally:
             _empty(slots, rows)
-            for place in places:
-                tokens_B = torch.arange(rows, device=device) + place + 3
-                slots.filled[:rows] = [place] * rows
-                if fast:
-                    positions_B = torch.full((rows,), place, device=device)
-                    last_BV = step(tokens_B, FirstSlotsView(slots, positions_B, rounded(place + 1)))
-                else:
-                    last_BV = self._decode(tokens_B, DecodeView(slots, range(rows)))
-            logits.append(last_BV.double())
-        _empty(slots, rows)
-        plain, fast_ones = logits
-        return float((fast_ones - plain).norm() / plain.norm())
+        plain_TBV, fast_TBV = (torch.stack(logits) for logits in found)
+        errors_TB = (fast_TBV - plain_TBV).norm(dim=-1) / plain_TBV.norm(dim=-1)
+        return float(errors_TB.nan_to_num(nan=float("inf")).max())
+
+    def _fill(self, rows: int, reach: int) -> None:
+        """The same random keys and values each time, in the first positions of the first slots."""
+        generator = torch.Generator(self._model.device).manual_seed(0)
+        for tensor_SHLD in (*self._slots.keys_SHLD, *self._slots.values_SHLD):
+            tensor_SHLD[:rows, :, :reach].normal_(generator=generator)
+
+    def _free_cached_memory(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _has_c_compiler() -> bool:
-    """Triton makes what launches its kernels with one; without it torch fails late, and at length."""
-    return any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
+def _chunk(device: torch.device) -> int:
+    """Positions of a prompt in one forward pass."""
+    if device.type != "cuda" or torch.cuda.get_device_properties(device).multi_processor_count < _MANY_MULTIPROCESSORS:
+        return CHUNK
+    return _LARGE_CHUNK
+
+
+def _seconds(record: Recorder, step: DecodeStep, slots: KeyValueSlots, rows: int) -> float:
+    """Of a recorded step in the first slots, at their first position."""
+    tokens_B = torch.zeros(rows, dtype=torch.long, device=slots.keys_SHLD[0].device)
+    positions_B = torch.zeros_like(tokens_B)
+    repeat, _ = record(lambda: step(tokens_B, FirstSlotsView(slots, positions_B, rounded(1))))
+    repeat()
+    span = Span(tokens_B.device)
+    for _ in range(_TIMED):
+        repeat()
+    span.end()
+    Download(tokens_B).wait()
+    _empty(slots, rows)
+    return span.seconds() / _TIMED
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """What rounding may do to logits, as a share of them: measured, 0.0025 in float16."""
+    return min(32 * torch.finfo(dtype).eps, 0.04)
+
+
+def _reason(failure: BaseException) -> str:
+    """The types of an error and of what it comes from: messages may hold paths."""
+    names = [type(failure).__name__]
+    while (cause := failure.__cause__ or getattr(failure, "inner_exception", None)) and len(names) < _CAUSES:
+        failure = cause
+        names.append(type(failure).__name__)
+    return " from ".join(names)
+
+
+def _missing_for_triton() -> str | None:
+    """What it needs to make the code that launches its kernels; without it torch fails late, and at length."""
+    given = os.environ.get("CC")
+    if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
+        return "C compiler (gcc or clang)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python.h (of python3-dev)"
+    return None
 
 
 def _empty(slots: KeyValueSlots, rows: int) -> None:

@@ -230,17 +230,19 @@ class DecodeView:
 class FirstSlotsView:
     """One new position in each of the first B slots, all cut to one length: the shapes are fixed, as graphs need it."""
 
-    def __init__(self, slots: KeyValueSlots, positions_B: Tensor, length: int) -> None:
+    def __init__(self, slots: KeyValueSlots, positions_B: Tensor, length: int, *, last_B: Tensor | None = None) -> None:
+        """``last_B``: the last positions that rows need to see, if not their own; nobody reads some rows' results."""
         self._slots = slots
         self.slots_B = torch.arange(len(positions_B), device=positions_B.device)
         self.positions_B = positions_B
+        self.last_B = positions_B.clamp(max=length - 1) if last_B is None else last_B
         self.mask_B11L = _length_mask(positions_B, length, slots.keys_SHLD[0].dtype)
 
     def layer(self, number: int, *, fused: bool = False) -> LayerView:
         """The window on one layer alone; ``fused`` for attention in kernels of our own, where they know the shapes."""
         keys_SHLD, values_SHLD = self._slots.keys_SHLD[number], self._slots.values_SHLD[number]
         fused = fused and triton_kernels is not None and triton_kernels.serve(keys_SHLD)
-        return LayerView(keys_SHLD, values_SHLD, self.slots_B, self.positions_B, self.mask_B11L, fused)
+        return LayerView(keys_SHLD, values_SHLD, self.slots_B, self.positions_B, self.last_B, self.mask_B11L, fused)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """See :class:`AttentionView`; N is 1."""
@@ -255,6 +257,7 @@ class LayerView:
     values_SHLD: Tensor
     slots_B: Tensor
     positions_B: Tensor
+    last_B: Tensor
     mask_B11L: Tensor
     fused: bool
 
@@ -264,7 +267,7 @@ class LayerView:
         _store(self.keys_SHLD, key, self.slots_B, self.positions_B)
         _store(self.values_SHLD, value, self.slots_B, self.positions_B)
         if self.fused and triton_kernels.attends(query, key):
-            attended = triton_kernels.attend(query, self.keys_SHLD, self.values_SHLD, self.positions_B, scaling)
+            attended = triton_kernels.attend(query, self.keys_SHLD, self.values_SHLD, self.last_B, scaling)
         else:
             keys, values = self.keys_SHLD[:count, :, :length], self.values_SHLD[:count, :, :length]
             attended = _attend_to_slots(_grouped(query, key), keys, values, mask=self.mask_B11L, scaling=scaling)

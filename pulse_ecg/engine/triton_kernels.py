@@ -80,8 +80,8 @@ def attends(query_BHND: Tensor, key_BHND: Tensor) -> bool:
     return query_BHND.shape[1:] == key_BHND.shape[1:] and query_BHND.shape[2] == 1 and width in (16, 32, 64, 128, 256)
 
 
-def attend(query_BH1D: Tensor, keys_SHLD: Tensor, values_SHLD: Tensor, positions_B: Tensor, scaling: float) -> Tensor:
-    """Attention of row b to slot b, up to ``positions_B[b]``; returns ``(B, H, 1, D)``.  Arithmetic is in float32.
+def attend(query_BH1D: Tensor, keys_SHLD: Tensor, values_SHLD: Tensor, last_B: Tensor, scaling: float) -> Tensor:
+    """Attention of row b to slot b, up to position ``last_B[b]``; returns ``(B, H, 1, D)``.  Arithmetic is in float32.
 
     A slot's positions are shared out among programs, whose results are then put together.
     Source: "Flash-Decoding for long-context inference", Dao, Haziza, Massa and Sizov, 2023.
@@ -95,7 +95,7 @@ def attend(query_BH1D: Tensor, keys_SHLD: Tensor, values_SHLD: Tensor, positions
         query_BH1D.contiguous(),
         keys_SHLD,
         values_SHLD,
-        positions_B,
+        last_B,
         parts,
         best,
         sums,
@@ -117,7 +117,7 @@ def _attend_to_part(
     query_pointer,
     keys_pointer,
     values_pointer,
-    positions_pointer,
+    last_pointer,
     parts_pointer,
     best_pointer,
     sums_pointer,
@@ -131,7 +131,7 @@ def _attend_to_part(
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, head = row // heads, row % heads
-    end = tl.load(positions_pointer + slot) + 1
+    end = tl.load(last_pointer + slot) + 1
     share = tl.cdiv(tl.cdiv(end, PARTS), L) * L
     start = part * share
     end = tl.minimum(end, start + share)

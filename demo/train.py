@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,13 +27,13 @@ logger = logging.getLogger("demo.train")
 PLANS: dict[Stage, Plan] = {
     "see": Plan("see", steps=9000, fresh=3, keep=72, tower_lr=1e-3, decay=1.0),
     "read": Plan("read", steps=1000, batch=4, fresh=1, keep=72, lr=1.5e-3),
-    "both": Plan("both", steps=2800, batch=4, keep=72, lr=1e-3, tower_lr=2e-4, decay=1.0),
+    "both": Plan("both", steps=3400, batch=4, keep=72, lr=1e-3, tower_lr=3e-4, decay=1.0),
 }
 
 
-def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int) -> None:
-    """Run one stage to its end, or to the end of its plan if it had begun before."""
-    trainer = Trainer(folder, plan, device=device, workers=workers)
+def train(folder: Path, plan: Plan, *, held_out: int, **given: Any) -> None:
+    """Run one stage to its end, or to the end of its plan if it had begun before; ``given`` goes to the trainer."""
+    trainer = Trainer(folder, plan, **given)
     samples = [sample_at("held-out", index) for index in range(held_out)]
     logger.info("Stage %s from step %d: %s", plan.stage, trainer.step, trainer.describe())
     if trainer.progress >= 1:
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("folder", type=Path, help="for the state, the progress and the checkpoint")
     parser.add_argument("--stage", choices=list(PLANS), help="this stage alone")
+    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="begin with these; for the stage read alone")
+    parser.add_argument("--first", type=int, default=0, help="number of the first image to draw, in a new folder")
     parser.add_argument("--steps", type=int, help="instead of the stage's own number")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--fresh", type=int)
@@ -83,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
     parser.add_argument("--held-out", type=int, default=96)
     args = parser.parse_args(argv)
+    if args.weights and args.stage != "read":
+        parser.error("--weights goes with --stage read: a checkpoint has no heads for the tower to learn by.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(
             args.folder,
             replace(PLANS[name], **changes),
+            held_out=args.held_out,
             device=args.device,
             workers=args.workers,
-            held_out=args.held_out,
+            weights=args.weights,
+            first=args.first,
         )
 
 

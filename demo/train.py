@@ -13,7 +13,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,9 +30,9 @@ PLANS: dict[Stage, Plan] = {
 }
 
 
-def train(folder: Path, plan: Plan, *, held_out: int, **given: Any) -> None:
-    """Run one stage to its end, or to the end of its plan if it had begun before; ``given`` goes to the trainer."""
-    trainer = Trainer(folder, plan, **given)
+def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int) -> None:
+    """Run one stage to its end, or to the end of its plan if it had begun before."""
+    trainer = Trainer(folder, plan, device=device, workers=workers)
     samples = [sample_at("held-out", index) for index in range(held_out)]
     logger.info("Stage %s from step %d: %s", plan.stage, trainer.step, trainer.describe())
     if trainer.progress >= 1:
@@ -71,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("folder", type=Path, help="for the state, the progress and the checkpoint")
     parser.add_argument("--stage", choices=list(PLANS), help="this stage alone")
-    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="begin with these; for the stage read alone")
-    parser.add_argument("--first", type=int, default=0, help="number of the first image to draw, in a new folder")
     parser.add_argument("--steps", type=int, help="instead of the stage's own number")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--fresh", type=int)
@@ -86,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
     parser.add_argument("--held-out", type=int, default=96)
     args = parser.parse_args(argv)
-    if args.weights and args.stage != "read":
-        parser.error("--weights goes with --stage read: a checkpoint has no heads for the tower to learn by.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(
             args.folder,
             replace(PLANS[name], **changes),
-            held_out=args.held_out,
             device=args.device,
             workers=args.workers,
-            weights=args.weights,
-            first=args.first,
+            held_out=args.held_out,
         )
 
 

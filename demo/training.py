@@ -23,7 +23,7 @@ from demo import sparse
 from demo.auxiliary import AuxiliaryHeads, RateReading, scores, targets
 from demo.decoding import answers
 from demo.muon import Muon
-from demo.network import SHAPE, computing, fresh_model, normalised, trained_model
+from demo.network import SHAPE, computing, fresh_model, normalised
 from demo.packing import Pack, Told, answer_losses, pack
 from demo.questions import FOREIGN_PROMPT, KINDS, NO_IMAGE, Question, ask, correct
 from demo.samples import Sample, rate_target, sample_at
@@ -101,23 +101,15 @@ def _give_way(_: int) -> None:
 class Trainer:
     """One stage of the training; resumes from its folder if an earlier run left its state there."""
 
-    def __init__(
-        self, folder: Path, plan: Plan, *, device: str, workers: int, weights: Path | None = None, first: int = 0
-    ) -> None:
-        """Without a state in the folder it begins with a checkpoint's ``weights``, or from nothing, at image ``first``.
-
-        A checkpoint has no auxiliary heads: after one, the rate is not read as a number beside the answers.
-        """
+    def __init__(self, folder: Path, plan: Plan, *, device: str, workers: int) -> None:
         self.plan, self._folder = plan, folder
         self.model = fresh_model(device, plan.seed)
         self.network = self.model.network
         self.network.vision_tower.config._attn_implementation = "eager"  # on CPUs faster than the fused one at its size
         self.heads = AuxiliaryHeads(SHAPE.vision_hidden).to(self.model.device)
         self.reading = RateReading(SHAPE.hidden).to(self.model.device)
-        self.first, self.step, self.seconds = first, 0, 0.0
-        self._reads_rates = weights is None
-        if weights is not None:
-            self.network.load_state_dict(trained_model(weights, device).network.state_dict())
+        self.first = self.step = 0
+        self.seconds = 0.0
         state = self._restored()
         self._parameters = self._trainable()
         self._optimisers = _optimisers(self._parameters, plan)
@@ -310,7 +302,7 @@ class Trainer:
                 [question.kind == "rate" and bool(question.key) for question in questions], device=told.owner_A.device
             )
             rate_hidden = told.inner_AD[of_rates[told.owner_A]]
-            if len(rate_hidden) and self._reads_rates:
+            if len(rate_hidden):
                 totals.setdefault("rate read", []).append(
                     _READING * self.reading.losses(rate_hidden, rate_target(sample.diagnosis)).mean()
                 )

@@ -136,22 +136,6 @@ def test_a_run_that_goes_on_under_another_plan_says_so(tmp_path: Path, caplog: p
     assert "another plan" in caplog.text
 
 
-def test_a_run_can_begin_with_a_checkpoints_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = ROOT / "demo" / "checkpoint"
-    plan = replace(PLANS["read"], steps=4, batch=1, fresh=1)
-    trainer = Trainer(tmp_path / "run", plan, device="cpu", workers=0, weights=checkpoint, first=70)
-    assert alike(trainer.network.state_dict(), trained_model(checkpoint).network.state_dict())
-    assert "rate read" not in trainer.train_step(), "a checkpoint has no head that reads rates"
-    assert trainer.first == 71
-    trainer.save()
-    resumed = Trainer(tmp_path / "run", plan, device="cpu", workers=0, weights=checkpoint)
-    assert (resumed.step, resumed.first) == (1, 71)
-    assert alike(resumed.network.state_dict(), trainer.network.state_dict())
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "other"), "--weights", str(checkpoint), "--stage", "both"])
-    assert "--weights goes with --stage read" in capsys.readouterr().err
-
-
 def test_one_seed_gives_one_training(tmp_path: Path) -> None:
     plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
     losses = [Trainer(tmp_path, replace(plan, seed=s), device="cpu", workers=0).train_step() for s in (0, 0, 1)]

@@ -37,7 +37,9 @@ class DecodeGraphs:
         self._slots = slots
         self._step = step  # a graph reads the memory of what it recorded
         self._tokens_S = torch.zeros(slots.count, dtype=torch.long, device=device)
-        self._places_2S = torch.zeros(2, slots.count, dtype=torch.long, device=device)
+        # Compiled code may count on tensors that begin at a multiple of 16 bytes: also the second row.
+        aligned = torch.zeros(2, rounded(slots.count, 16), dtype=torch.long, device=device)
+        self._places_2S = aligned[:, : slots.count]
         shapes = [(b, length) for b in batch_sizes(slots.count) for length in lengths(slots.positions)]
         # The largest first: the others find room in its memory.
         self._graphs = {

@@ -353,6 +353,7 @@ def test_answers_of_recorded_fast_steps_are_the_plain_ones(kind: str, monkeypatc
         engine._runner._graphs = DecodeGraphs(
             lambda tokens_B, view: steps.append(len(tokens_B)) or step(tokens_B, view), engine.slots, rerun
         )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "something was compiled anew for a recording"
     steps.clear()
     names = ("image", "short", "sampled", "other system", "long", "small image")
     assert answered(engine, [asks(kind)[name] for name in names]) == [alone(kind, name) for name in names]

@@ -236,7 +236,7 @@ def test_decoding_is_eager_where_nothing_can_be_recorded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cleaned = list[str]()
-    monkeypatch.setattr(module, "cuda_recorder", lambda: failing(error))
+    monkeypatch.setattr(module, "_cuda_recorder", lambda: failing(error))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cleaned.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleaned.append("empty_cache"))
     engine = SteppedEngine(engine_model("flat"), slots=2)

@@ -71,7 +71,7 @@ def cuda_graphs(step: DecodeStep, slots: KeyValueSlots) -> DecodeGraphs | None:
     """The graphs of a GPU, or None where they cannot be recorded, which the log then says."""
     started = time.perf_counter()
     try:
-        graphs = DecodeGraphs(step, slots, cuda_recorder())
+        graphs = DecodeGraphs(step, slots, _cuda_recorder())
     except Exception as error:  # noqa: BLE001 - out of memory, and all that a compiler may raise
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -81,8 +81,7 @@ def cuda_graphs(step: DecodeStep, slots: KeyValueSlots) -> DecodeGraphs | None:
     return graphs
 
 
-def cuda_recorder() -> Recorder:
-    """Records on the current device, all into one pool of memory."""
+def _cuda_recorder() -> Recorder:
     pool = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one for all: each keeps a workspace of its own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from pulse_ecg.checkpoint import LoadedModel
-from pulse_ecg.device import Download, Span
 from pulse_ecg.engine.fast_decoder import fast_decoder
-from pulse_ecg.engine.graphs import DecodeGraphs, DecodeStep, Recorder, cuda_graphs, cuda_recorder
+from pulse_ecg.engine.graphs import DecodeGraphs, DecodeStep, cuda_graphs
 from pulse_ecg.engine.slots import (
     ATTENTION,
     AttentionView,
@@ -41,7 +41,6 @@ _LARGE_CHUNK, _MANY_MULTIPROCESSORS = 1024, 100
 _NOT_COMPILED = "Decode steps are not compiled: %s."
 _TRIED_POSITIONS, _TRIED_TURNS = 1000, 3
 _FIRST, _TURN, _ROW = 1, 409, 97  # tried positions: the first, and from turn to turn and row to row
-_TIMED, _NOT_SLOWER = 20, 1.1
 _CAUSES = 4
 
 
@@ -64,10 +63,12 @@ class ModelRunner:
     def capture(self) -> None:
         """Record decode steps as CUDA graphs; without a GPU, or if that fails, steps run eagerly."""
         if self._model.device.type == "cuda":
-            fast = self._fast_step(cuda_recorder())
+            fast = self._fast_step()
             self._graphs = cuda_graphs(fast, self._slots) if fast else None
             self.compiled = self._graphs is not None
-            self._graphs = self._graphs or cuda_graphs(self._decode, self._slots)
+            if self._graphs is None:
+                gc.collect()  # graphs that were half made must not die while others are in use
+                self._graphs = cuda_graphs(self._decode, self._slots)
 
     def embed(self, ids: Sequence[int], image_embeddings: Tensor | None) -> Tensor:
         """The embeddings of token ids, the image's in its slot, ``(1, L, D)``."""
@@ -119,8 +120,8 @@ class ModelRunner:
 
     # --- a faster decode step
 
-    def _fast_step(self, record: Recorder) -> DecodeStep | None:
-        """The step through :func:`fast_decoder`, if it is seen to do what the plain one does, and faster."""
+    def _fast_step(self) -> DecodeStep | None:
+        """The step through :func:`fast_decoder`, if it is seen to do what the plain one does."""
         started = time.perf_counter()
         if missing := _missing_for_triton():
             logger.warning(_NOT_COMPILED, f"there is no {missing}")
@@ -136,22 +137,15 @@ class ModelRunner:
                     return None
                 self._free_cached_memory()  # what the weights' former places took
                 step = partial(self._decode, decoder=decoder)
-                rows = sorted({1, self._slots.count})
-                errors = [self._difference(step, count) for count in rows]
-                seconds = [[_seconds(record, either, self._slots, n) for either in (self._decode, step)] for n in rows]
+                error = max(self._difference(step, rows) for rows in {1, self._slots.count})
         except Exception as failure:  # noqa: BLE001 - compilers fail in many ways, and the plain step is at hand
             self._free_cached_memory()
             logger.warning(_NOT_COMPILED, _reason(failure))
             return None
-        if max(errors) > _tolerance(self._model.dtype):
-            logger.warning(_NOT_COMPILED, f"compiled, the logits differ by a share of {max(errors):.2g}")
+        if error > _tolerance(self._model.dtype):
+            logger.warning(_NOT_COMPILED, f"compiled, the logits differ by a share of {error:.2g}")
             return None
-        told = ", ".join(f"{1e3 * plain:.1f} to {1e3 * fast:.1f} ms" for plain, fast in seconds)
-        if any(fast > _NOT_SLOWER * plain for plain, fast in seconds):
-            logger.warning(_NOT_COMPILED, f"compiled, they are slower, from {told}")
-            return None
-        took = time.perf_counter() - started
-        logger.info("Decode steps compiled in %.1f s: from %s; logits agree to %.1g.", took, told, max(errors))
+        logger.info("Decode steps compiled in %.1f s; logits agree to %.1g.", time.perf_counter() - started, error)
         return step
 
     def _difference(self, step: DecodeStep, rows: int) -> float:
@@ -197,24 +191,9 @@ def _chunk(device: torch.device) -> int:
     return _LARGE_CHUNK
 
 
-def _seconds(record: Recorder, step: DecodeStep, slots: KeyValueSlots, rows: int) -> float:
-    """Of a recorded step in the first slots, at their first position."""
-    tokens_B = torch.zeros(rows, dtype=torch.long, device=slots.keys_SHLD[0].device)
-    positions_B = torch.zeros_like(tokens_B)
-    repeat, _ = record(lambda: step(tokens_B, FirstSlotsView(slots, positions_B, rounded(1))))
-    repeat()
-    span = Span(tokens_B.device)
-    for _ in range(_TIMED):
-        repeat()
-    span.end()
-    Download(tokens_B).wait()
-    _empty(slots, rows)
-    return span.seconds() / _TIMED
-
-
 def _tolerance(dtype: torch.dtype) -> float:
     """What rounding may do to logits, as a share of them: measured, 0.0025 in float16."""
-    return min(32 * torch.finfo(dtype).eps, 0.04)
+    return min(32 * torch.finfo(dtype).eps, 0.06)
 
 
 def _reason(failure: BaseException) -> str:
@@ -231,7 +210,7 @@ def _missing_for_triton() -> str | None:
     given = os.environ.get("CC")
     if not any(map(shutil.which, [given] if given else ["gcc", "clang"])):
         return "C compiler (gcc or clang)"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+    if not Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h").is_file():
         return "Python.h (of python3-dev)"
     return None
 

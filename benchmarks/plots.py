@@ -100,9 +100,9 @@ def _gpu(pyplot: Any, figures: dict[str, Any]) -> Any:
         "decode, about a text": figures["decode"]["text"]["of_bandwidth"],
         "decode, about an image": figures["decode"]["image"]["of_bandwidth"],
     }
-    for name, found in figures["decode"].items():
-        if name.startswith("image_") and found:
-            reached[f"decode, {name.removeprefix('image_')} images at once"] = found["of_bandwidth"]
+    [(many, found)] = [(n.removeprefix("image_"), f) for n, f in figures["decode"].items() if n.startswith("image_")]
+    if found:
+        reached[f"decode, {many} images at once"] = found["of_bandwidth"]
     colours = ["#f58518" if name in ("prefill", "vision tower") else "#54a24b" for name in reached]
     _bars(shares, {name: 100 * share for name, share in reached.items()}, colours, "{:.0f} %")
     shares.set_xlabel("% of the measured matrix rate (orange) or bandwidth (green)")
@@ -110,12 +110,12 @@ def _gpu(pyplot: Any, figures: dict[str, Any]) -> Any:
     seconds = {
         "transformers generate": plain["answer_s"],
         "this engine": plain["answer_s"] / plain["over_ours"],
-        "generate, 16 times that": at_once["over_plain"] * at_once["together_s"],
-        "this engine, 16 one by one": at_once["one_after_another_s"],
-        "this engine, 16 at once": at_once["together_s"],
+        f"generate, {many} times that": at_once["over_plain"] * at_once["together_s"],
+        f"this engine, {many} one by one": at_once["one_after_another_s"],
+        f"this engine, {many} at once": at_once["together_s"],
     }
     _bars(answers, seconds, ["#8c8c8c", "#4c78a8", "#8c8c8c", "#4c78a8", "#4c78a8"], "{:.1f} s")
-    answers.set_xlabel("seconds; image questions, 64 new tokens each")
+    answers.set_xlabel(f"seconds; image questions, {figures['parity']['tokens']} new tokens each")
     picture.suptitle(f"{figures['limits']['name']}, {figures['model']['dtype']}", fontsize=10)
     return picture
 

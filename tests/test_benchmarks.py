@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.plots import draw
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,14 +34,17 @@ def explained(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments"),
+    ("module", "arguments", "pictures"),
     [
-        ("bench_engine", ("--quick", "--without-official", "--without-sweep")),
-        ("bench_gpu", ("--device", "cpu", "--tiny")),
+        ("bench_engine", ("--quick", "--without-official", "--without-sweep"), ["answer.png"]),
+        ("bench_gpu", ("--device", "cpu", "--tiny"), ["gpu.png"]),
     ],
 )
-def test_every_metric_is_explained(module: str, arguments: Sequence[str]) -> None:
+def test_every_metric_is_explained_and_the_pictures_are_drawn(
+    module: str, arguments: Sequence[str], pictures: list[str], tmp_path: Path
+) -> None:
     document = last_line(module, *arguments)
+    assert [file.name for file in draw(document, tmp_path) if file.stat().st_size > 5000] == pictures
     assert set(document) <= explained(module)
     said = document.get("parity") or document["image_answer"]
     assert said.get("agreement", said.get("tokens_equal")) == 1  # the sides said the same

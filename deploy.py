@@ -24,7 +24,17 @@ import huggingface_hub
 from huggingface_hub import HfApi, InferenceEndpoint, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from scripts.endpoint_settings import PORT, DeployError, Settings, check_fixed, remarks, settings_of, wanted
+from scripts.endpoint_settings import (
+    PORT,
+    STOCK_IMAGE,
+    DeployError,
+    Settings,
+    check_credentials,
+    check_fixed,
+    remarks,
+    settings_of,
+    wanted,
+)
 from scripts.send_test_requests import Sample, load_cases, run, sample_of, wait_until_up
 
 Say = Callable[[str], None]
@@ -74,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--namespace", help="user or organisation that owns the endpoint (default: the token's user)")
     add("--container", choices=("stock", "custom"), help="default: stock, or what the endpoint has")
     add("--image", help="the custom container's image, with a tag or digest")
-    add("--port", type=int, default=PORT, help=f"port of the custom container (default: {PORT})")
+    add("--port", type=int, help=f"port of the custom container (default: {PORT}, or what the endpoint has)")
     add("--vendor", help="default: aws")
     add("--region", help="default: us-east-1")
     add("--instance-type", help="default: nvidia-l4")
@@ -100,8 +110,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not os.environ.get(name):
             parser.error(f"--secret {name}: the environment variable {name} is not set")
     args.env = dict(_variable(parser, text) for text in args.env)
-    if args.port != PORT:
-        args.env.setdefault("PULSE_PORT", str(args.port))
     return args
 
 
@@ -119,7 +127,7 @@ def _variable(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
 
 def check_client(changes: Settings, *, update: bool) -> None:
     """Refuse what this version of huggingface_hub cannot send."""
-    back_to_stock = update and changes.get("image") == {"huggingface": {}}
+    back_to_stock = update and changes.get("image") == STOCK_IMAGE
     if not SENDS_ENV and (changes.get("env") or back_to_stock):
         what = "put an endpoint back on the stock container" if back_to_stock else "send variables (--env)"
         raise DeployError(
@@ -244,6 +252,8 @@ def deploy(args: argparse.Namespace, say: Say) -> None:
     if endpoint:
         check_fixed(args, endpoint.raw)
     settings = wanted(args, commit, existing)
+    if endpoint:
+        check_credentials(settings, endpoint.raw)
     secrets_there = list(endpoint.raw["model"].get("secrets") or ()) if endpoint else []
     for remark in remarks(settings, files, secrets_there, args.secret):
         say(f"Warning: {remark}")

@@ -137,6 +137,10 @@ class EndpointHandler:
             self._comment(attempts, call)
         return [self._complete(attempt) for attempt in attempts]
 
+    def note_refusal(self, error: PulseError, request_id: str) -> None:
+        """Count and log a request that a host refused without asking here; the answer to it is the host's."""
+        self._refused(error, Call(request_id), time.perf_counter(), batch_size=1)
+
     def _answer(self, attempt: _Attempt) -> None:
         """Parse, prepare, wait for a place, generate."""
         call, report = attempt.call, attempt.report
@@ -183,11 +187,14 @@ class EndpointHandler:
         for (attempt, analysis), commentary in zip(answered, commentaries, strict=True):
             attempt.commentary, report = commentary, attempt.report
             analysis.timings["commentary"] = seconds
-            if commentary.status in ("success", "failed"):  # else nothing was asked for
-                report.timings_s["commentary"] = seconds
-            report.commentary_status, report.commentary_tokens = commentary.status, commentary.tokens_spent
+            report.commentary_tokens = commentary.tokens_spent
             if call.cancel.is_set():
                 attempt.error = RequestCancelledError("The request was cancelled while it waited for its commentary.")
+                if commentary.status == "failed":
+                    continue  # cut off: that says nothing of the service
+            report.commentary_status = commentary.status
+            if commentary.status in ("success", "failed"):  # else nothing was asked for
+                report.timings_s["commentary"] = seconds
 
     def _commentaries(self, answers: list[str], timeout_s: float, call: Call) -> list[Commentary]:
         """One for each answer, whatever happens.  The answers alone leave the machine: no image, no question."""

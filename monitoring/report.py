@@ -20,6 +20,7 @@ OTHER = "other"
 _OUTCOME_BY_STATUS = {
     200: "ok",
     400: "malformed",
+    408: "timeout",
     413: "too_large",
     422: "invalid",
     429: "busy",
@@ -38,7 +39,7 @@ def new_request_id(given: str | None = None) -> str:
 
 def outcome_of(status: int) -> str:
     """The outcome's name for the HTTP status that an error or answer carries."""
-    return _OUTCOME_BY_STATUS.get(status, "fault")
+    return _OUTCOME_BY_STATUS.get(status, "malformed" if 400 <= status < 500 else "fault")
 
 
 def known(value: str, accepted: tuple[str, ...]) -> str:

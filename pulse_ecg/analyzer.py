@@ -132,13 +132,17 @@ class EcgAnalyzer:
         only its bytes tell that it is the same image.
         """
         lap = _Lap(timings)
-        data = b"" if isinstance(source, DecodedImage) else image_bytes(source, self._policy)
-        lap("image_fetch")
+        image: Image.Image | None = None
         if isinstance(source, DecodedImage):
-            image = load_image(source, self._policy)
-            key = _digest(repr(image.size).encode() + image.tobytes())
+            data = b""
+            lap("image_fetch")
+            with self._decoding:
+                image = load_image(source, self._policy)
+                key = _digest(repr(image.size).encode(), image.tobytes())
         else:
-            image, key = None, _digest(data)
+            data = image_bytes(source, self._policy)
+            lap("image_fetch")
+            key = _digest(data)
         if prompt := self._generator.engine.recall(key):
             timings |= {"image_decode": 0.0, "preprocess": 0.0}
             return prompt, len(data)
@@ -162,8 +166,11 @@ class EcgAnalyzer:
         return ImagePrompt(key, tiles.image_size, order, tiles)
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 class _Lap:

@@ -9,13 +9,14 @@ from typing import Any
 # The keyword arguments of huggingface_hub's `update_inference_endpoint`, with `image` for `custom_image`.
 Settings = dict[str, Any]
 
+STOCK_IMAGE: dict[str, Any] = {"huggingface": {}}
 FOR_A_NEW_ENDPOINT: Settings = {
     "instance_type": "nvidia-l4",
     "instance_size": "x1",
     "min_replica": 0,
     "max_replica": 1,
     "scale_to_zero_timeout": 15,
-    "image": {"huggingface": {}},
+    "image": STOCK_IMAGE,
     "env": {},
 }
 STOCK_FILES = ("handler.py", "utils.py", "requirements.txt")
@@ -42,7 +43,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
         "revision": model.get("revision"),
         "framework": model.get("framework"),
         "task": model.get("task"),
-        "image": _image_of(model.get("image") or {"huggingface": {}}),
+        "image": _image_of(model.get("image") or STOCK_IMAGE),
         "env": model.get("env") or {},
     }
 
@@ -51,7 +52,7 @@ def _image_of(raw: dict[str, Any]) -> dict[str, Any]:
     """A container, without what the service adds; one of a third kind as it is."""
     if custom := raw.get("custom"):
         return {"custom": {key: custom.get(key) for key in ("url", "port", "healthRoute")}}
-    return {"huggingface": {}} if "huggingface" in raw else raw
+    return STOCK_IMAGE if "huggingface" in raw else raw
 
 
 def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> Settings:
@@ -61,6 +62,7 @@ def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> 
         DeployError: the result cannot work.
     """
     base = existing or FOR_A_NEW_ENDPOINT
+    image = _image(args, base["image"])
     given = {
         "repository": args.repository,
         "revision": commit,
@@ -71,12 +73,14 @@ def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> 
         "min_replica": args.min_replica,
         "max_replica": args.max_replica,
         "scale_to_zero_timeout": args.scale_to_zero_minutes,
-        "image": _image(args),
-        "env": base["env"] | args.env,
+        "image": image,
+        "env": _env(args, base, image),
     }
     settings = base | {name: value for name, value in given.items() if value is not None}
     if settings["image"].keys().isdisjoint(("custom", "huggingface")):
         raise DeployError(f"The endpoint runs another container ({', '.join(settings['image'])}): give --container.")
+    if args.port and "custom" not in settings["image"]:
+        raise DeployError("--port is the custom container's: give --container custom and --image.")
     settings["accelerator"] = "gpu" if settings["instance_type"].startswith("nvidia") else "cpu"
     least, most = settings["min_replica"], settings["max_replica"]
     if not 0 <= least <= most or most < 1:
@@ -90,10 +94,23 @@ def wanted(args: argparse.Namespace, commit: str, existing: Settings | None) -> 
     return settings
 
 
-def _image(args: argparse.Namespace) -> dict[str, Any] | None:
-    if args.container == "custom":
-        return {"custom": {"url": args.image, "port": args.port, "healthRoute": HEALTH_ROUTE}}
-    return {"huggingface": {}} if args.container == "stock" else None
+def _image(args: argparse.Namespace, existing: dict[str, Any]) -> dict[str, Any] | None:
+    if args.container == "stock":
+        return STOCK_IMAGE
+    there = existing.get("custom", {})
+    if args.container is None and not (args.port and there):
+        return None
+    port = args.port or there.get("port") or PORT
+    return {"custom": {"url": args.image or there["url"], "port": port, "healthRoute": HEALTH_ROUTE}}
+
+
+def _env(args: argparse.Namespace, base: Settings, image: dict[str, Any] | None) -> dict[str, str]:
+    """The variables; the server listens where the service asks, unless ``--env`` says otherwise."""
+    env: dict[str, str] = base["env"] | args.env
+    custom = (image or {}).get("custom")
+    if custom is None or "PULSE_PORT" in args.env or (custom["port"] == PORT and "PULSE_PORT" not in env):
+        return env
+    return env | {"PULSE_PORT": str(custom["port"])}
 
 
 def check_fixed(args: argparse.Namespace, raw: dict[str, Any]) -> None:
@@ -108,6 +125,13 @@ def check_fixed(args: argparse.Namespace, raw: dict[str, Any]) -> None:
             raise DeployError(
                 f"{flag} is {has}, and cannot be changed: use another --name, or delete the endpoint first."
             )
+
+
+def check_credentials(settings: Settings, raw: dict[str, Any]) -> None:
+    """Refuse to change an image that the service pulls with credentials: they come with it, and are not shown."""
+    before = raw["model"].get("image") or {}
+    if (before.get("custom") or {}).get("credentials") and settings["image"] not in (_image_of(before), STOCK_IMAGE):
+        raise DeployError("The image's registry credentials would be lost: change the image on the endpoint's page.")
 
 
 def remarks(settings: Settings, files: set[str], existing_secrets: Sequence[str], secrets: Sequence[str]) -> list[str]:

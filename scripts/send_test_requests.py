@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -377,6 +378,13 @@ def drawn_sample(folder: Path) -> Path:
     return file
 
 
+def token_variable(url: str) -> str:
+    """The environment variable with the token for a host: the one for Hugging Face is nobody else's."""
+    parts = urllib.parse.urlsplit(url)
+    is_endpoint = parts.scheme == "https" and (parts.hostname or "").endswith(".endpoints.huggingface.cloud")
+    return "HF_TOKEN" if is_endpoint else "PULSE_API_TOKEN"
+
+
 def sample_of(image: Path | None, image_url: str | None) -> Sample:
     """The image that the placeholders stand for; drawn where no file is given."""
     with tempfile.TemporaryDirectory() as folder:
@@ -389,13 +397,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 if all requests passed, 1 if one failed."""
     parser = argparse.ArgumentParser(description="Send the requests of test_requests.json to an endpoint.")
     parser.add_argument("url", help="the endpoint's URL")
-    parser.add_argument("--token", default=os.environ.get("HF_TOKEN"), help="default: the variable HF_TOKEN")
+    parser.add_argument(
+        "--token",
+        help="default: the variable HF_TOKEN for an endpoint at Hugging Face, PULSE_API_TOKEN for any other host",
+    )
     parser.add_argument("--image", type=Path, help="an image file; default: the demo's sample ECG")
     parser.add_argument("--image-url", help="a URL of the same image that the endpoint can reach")
     parser.add_argument("--only", metavar="NAME", help="send this request alone")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each request (default: 300)")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for an endpoint that is starting")
     args = parser.parse_args(argv)
+    token = (args.token or os.environ.get(token_variable(args.url), "")).strip() or None
+    if token and not all("!" <= character <= "~" for character in token):
+        parser.error("the token holds characters that no token has")
     if not args.url.startswith(("http://", "https://")):
         parser.error("the URL must begin with http:// or https://")
     try:
@@ -406,8 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.wait:
-        wait_until_up(args.url, token=args.token, seconds=args.wait)
-    outcome = run(cases, sample, url=args.url, token=args.token, timeout_s=args.timeout)
+        wait_until_up(args.url, token=token, seconds=args.wait)
+    outcome = run(cases, sample, url=args.url, token=token, timeout_s=args.timeout)
     failed, skipped = sum(bool(found) for found in outcome.values()), sum(found is None for found in outcome.values())
     sys.stdout.write(f"{len(outcome) - failed - skipped} passed, {failed} failed, {skipped} skipped\n")
     return 1 if failed else 0

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from starlette.requests import Request
 
+from pulse_ecg.errors import PulseError
 from server.body import read_body
 from server.jobs import Job, News
 from server.service import Service
@@ -28,8 +29,12 @@ class Answering:
             QueueFullError: it has no room.
         """
         self._service: Service = request.app.state.service
-        self._handler = self._service.handler
         self._request = request
+        try:
+            self._handler = self._service.handler
+        except PulseError as error:
+            self._service.note_refusal(error, self.request_id)
+            raise
         self._deadline = time.monotonic() + self._service.settings.request_timeout
         self._lease = self._service.bodies.lease()
         self._job: Job | None = None
@@ -73,8 +78,10 @@ class Answering:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._job is None:
             self._lease.release()
+            if isinstance(error, PulseError):
+                self._service.note_refusal(error, self.request_id)
         elif not self._handed_on:
             self._job.close()

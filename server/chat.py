@@ -13,7 +13,7 @@ from pulse_ecg.call import Answered, Outcome, Record, Started, TextPiece
 from pulse_ecg.errors import PulseError, RequestError, excerpt
 from server.answering import Answering
 from server.body import media_type, parse_json
-from server.chat_request import ChatRequest, chat_request
+from server.chat_request import ChatRequest, chat_request, is_name
 from server.errors import ChatFieldError, openai_error, openai_status, retry_headers
 from server.jobs import Finished, News
 from server.service import Service
@@ -53,7 +53,7 @@ async def model(request: Request) -> JSONResponse:
     Raises:
         ChatFieldError: there is no model of this name.
     """
-    if request.path_params["name"] not in model_names(request):
+    if not is_name(request.path_params["name"], model_names(request)):
         raise ChatFieldError(
             "This server has no model of that name.", param="model", code="model_not_found", status=404
         )

@@ -51,7 +51,7 @@ READ = frozenset(
     | {"stream_options", "top_k", "repetition_penalty", "turkish_commentary", "deepseek_timeout"}
 )
 # Of an assistant message that a client sends back as it came; dropped where they say nothing.
-_EMPTY_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
+EMPTY_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,15 @@ def _same(value: object, accepted: object) -> bool:
     return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
 
 
+def is_name(name: str, models: Collection[str]) -> bool:
+    """Whether it is one of the model's names, or that of the model that this project serves."""
+    return name.lower() in {model.lower() for model in (*models, DEFAULT_MODEL_NAME)}
+
+
 def _check_model(name: object, models: Collection[str]) -> None:
     if not isinstance(name, str):
         raise ChatFieldError(f"'model' is {excerpt(name)}; accepted: a string.", param="model")
-    if name.lower() not in ANY_MODEL | {model.lower() for model in (*models, DEFAULT_MODEL_NAME)}:
+    if name.lower() not in ANY_MODEL and not is_name(name, models):
         raise ChatFieldError(
             f"The model {excerpt(name, 40)} does not exist; this server has '{next(iter(models))}'.",
             param="model",
@@ -144,7 +149,7 @@ def _message(message: object) -> object:
     """A message without the empty fields that OpenAI's own answers have; the handler judges the rest."""
     if not isinstance(message, Mapping):
         return message
-    return {name: value for name, value in message.items() if value or name not in _EMPTY_IN_MESSAGES}
+    return {name: value for name, value in message.items() if value or name not in EMPTY_IN_MESSAGES}
 
 
 def _max_tokens(given: Mapping[object, object]) -> int | None:

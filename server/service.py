@@ -128,6 +128,11 @@ class Service:
             raise QueueFullError("Too many requests are waiting; try again in a few seconds.")
         return self._handler
 
+    def note_refusal(self, error: PulseError, request_id: str) -> None:
+        """Count a request that comes to nothing before the handler is asked, where there is one."""
+        if self._handler is not None:
+            self._handler.note_refusal(error, request_id)
+
     def close(self) -> None:
         """End the engine; nothing is answered after that."""
         if self._handler is not None:

@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -21,11 +22,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import httpx2
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pulse_ecg.image_file import decode_image, rgb_from_pil
 from tests import commentary_service as service
 from tests.commentary_service import ChatServer, Exchange, chat_server
 
@@ -181,9 +184,13 @@ def test_a_batch_has_one_record_for_each_input(endpoint: PULSEEndpoint, server: 
     assert bodies(server)[0]["inputs"] == ["?", {"query": "?", "image": client.image_part(PNG)["image_url"]["url"]}]
     with pytest.raises(client.ReplyError, match="1 records instead of 2"):
         endpoint.analyze_batch(inputs)
+    server.script = [reply(ERROR_RECORD)]  # the stock container refuses the whole batch
+    with pytest.raises(client.RequestRefusedError, match=re.escape(ERROR_RECORD["error"])) as caught:
+        endpoint.analyze_batch(inputs)
+    assert (caught.value.status, caught.value.records) == (200, [ERROR_RECORD])
     with pytest.raises(TypeError, match="a list of inputs"):
         endpoint.analyze_batch("What is the rhythm?")
-    assert len(server.requests) == 2
+    assert len(server.requests) == 3
 
 
 def test_images_of_every_kind_are_sent(tmp_path: Path) -> None:
@@ -196,13 +203,35 @@ def test_images_of_every_kind_are_sent(tmp_path: Path) -> None:
         assert client.image_part(text) == {"type": "image_url", "image_url": {"url": text}}
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "HSV"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "I;16", "HSV"])
 def test_pillow_images_are_sent_upright(mode: str) -> None:
     upside = Image.new(mode, (20, 10))
     upside.getexif()[0x0112] = 6  # a camera that was turned
     _, _, data = client.image_part(upside)["image_url"]["url"].partition(",")
     with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
         assert (sent.format, sent.size) == ("PNG", (10, 20))
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"),
+    [("I", "<i4"), ("I;16", "<u2"), ("I;16B", ">u2"), ("F", "<f4")],
+)
+def test_deep_greys_arrive_as_they_are(mode: str, values: str) -> None:
+    """Pillow's own conversion would clip them to white, and the model would be shown an empty page."""
+    levels = np.linspace(0, 1, 200) if mode == "F" else np.linspace(0, 60_000, 200)
+    deep = Image.frombytes(mode, (20, 10), levels.astype(values).tobytes())
+    _, _, data = client.image_part(deep)["image_url"]["url"].partition(",")
+    shown = np.asarray(decode_image(base64.b64decode(data)))
+    assert np.array_equal(shown, np.asarray(rgb_from_pil(deep)))
+    assert len(np.unique(shown)) > 100
+
+
+def test_transparency_survives() -> None:
+    clear = Image.new("PA", (20, 10))
+    clear.putpalette([0, 0, 0])
+    clear.putalpha(0)
+    _, _, data = client.image_part(clear)["image_url"]["url"].partition(",")
+    assert np.asarray(decode_image(base64.b64decode(data))).min() == 255
 
 
 @pytest.mark.parametrize("kind", ["empty", "file", "bytes", "uri", "base64", "object", "lines"])

@@ -114,6 +114,48 @@ def test_variables_are_sent_and_another_port_reaches_the_server(service: Endpoin
     assert service.writes[-1][2] == {"model": {"env": kept}}  # nothing is lost, wherever the service replaces them all
 
 
+@needs_env
+@pytest.mark.parametrize(
+    ("flags", "port", "variable"),
+    [
+        (("--container", "custom", "--image", "registry.example/pulse:1.1"), 9000, "9000"),  # what it has
+        (("--port", "9001"), 9001, "9001"),
+        ((*IMAGE, "--port", "8080"), 8080, "8080"),
+        ((*IMAGE, "--port", "9001", "--env", "PULSE_PORT=1"), 9001, "1"),
+    ],
+)
+def test_the_service_and_the_server_keep_to_one_port(
+    flags: tuple[str, ...], port: int, variable: str, service: EndpointsService, run: Run
+) -> None:
+    run(*IMAGE, "--port", "9000", "--no-wait")
+    status, said = run(*flags, "--no-wait")
+    assert status == 0, said
+    sent = service.writes[-1][2]["model"]
+    assert sent["image"]["custom"]["port"] == port
+    assert sent.get("env", {"PULSE_PORT": "9000"}) == {"PULSE_PORT": variable}
+
+
+def test_the_stock_container_has_no_port(service: EndpointsService, run: Run) -> None:
+    status, said = run("--port", "9000")
+    assert (status, service.writes) == (1, [])
+    assert "--container custom" in said
+
+
+def test_an_image_with_credentials_is_not_changed(service: EndpointsService, run: Run) -> None:
+    run(*IMAGE, "--no-wait")
+    service.endpoints["pulse"]["model"]["image"]["custom"]["credentials"] = {
+        "username": "someone",
+        "password": "redacted",
+    }
+    assert run("--max-replica", "2", "--no-wait")[0] == 0
+    assert run(*IMAGE, "--no-wait")[0] == 0
+    count = len(service.writes)
+    status, said = run("--container", "custom", "--image", "registry.example/pulse:1.1", "--no-wait")
+    assert (status, len(service.writes)) == (1, count)
+    assert "credentials would be lost" in said
+    assert run("--container", "stock", "--dry-run")[0] == (0 if deploy.SENDS_ENV else 1)
+
+
 @pytest.mark.skipif(deploy.SENDS_ENV, reason="this huggingface_hub can send variables")
 def test_an_old_client_says_what_it_cannot_send(service: EndpointsService, run: Run) -> None:
     status, said = run("--env", "PULSE_UI=1")

@@ -167,14 +167,15 @@ def test_tiles_are_encoded_independently_of_each_other(model: LoadedModel) -> No
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("step", ["load_image", "tile_image"])
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    step: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pulse_ecg import analyzer as module
 
     monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
     analyzer, lock = EcgAnalyzer(model, FetchPolicy()), threading.Lock()
-    now, most, cut = 0, 0, module.tile_image
+    now, most, done = 0, 0, getattr(module, step)
 
     def counted(*given: Any) -> Any:
         nonlocal now, most
@@ -184,9 +185,9 @@ def test_no_more_images_are_decoded_at_once_than_there_are_cores(
         time.sleep(0.05)
         with lock:
             now -= 1
-        return cut(*given)
+        return done(*given)
 
-    monkeypatch.setattr(module, "tile_image", counted)
+    monkeypatch.setattr(module, step, counted)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda seed: prompt_for(analyzer, picture(seed)), range(8)))
     assert most == 2

@@ -217,7 +217,8 @@ def test_a_commentary_that_fails_leaves_the_completion(client: openai.OpenAI) ->
 def test_models(client: openai.OpenAI, handler: EndpointHandler) -> None:
     [model] = client.models.list().data
     assert (model.id, model.object) == (handler.model_name, "model")
-    assert client.models.retrieve("PULSE-ECG/PULSE-7B") == model
+    for name in ("PULSE-ECG/PULSE-7B", "PULSE-7B", "pulse-7b"):
+        assert client.models.retrieve(name) == model
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-9")
     assert caught.value.code == "model_not_found"

@@ -187,6 +187,7 @@ def test_during_the_commentary(server: OurServer, handler: EndpointHandler, monk
             return [Commentary("failed")]
 
     monkeypatch.setattr(handler, "_commentary", Service())
+    before = handler.monitor.snapshot()
     for stream in (False, True):
         asked.clear()
         with server.connect() as sock:
@@ -194,6 +195,10 @@ def test_during_the_commentary(server: OurServer, handler: EndpointHandler, monk
             assert asked.wait(PATIENCE)
             assert handler.admission.running == 0
         server.quiet()
+    after = handler.monitor.snapshot()  # the service did not fail: nobody waited for it
+    assert after["commentary"].get("failed", 0) == before["commentary"].get("failed", 0)
+    assert after["commentary"]["off"] == before["commentary"].get("off", 0) + 2
+    assert after["stages"].get("commentary") == before["stages"].get("commentary")
 
 
 def test_what_is_cancelled_is_counted_as_that(server: OurServer, handler: EndpointHandler, paced: Paced) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -354,6 +356,33 @@ def test_past_the_queue_requests_are_refused_as_a_whole(
         assert (ready.status_code, ready.json()["ready"]) == (503, False)
     assert server.get("/ready").json()["ready"] is True
     assert server.post("/", body()).status_code == 200
+
+
+def test_what_is_refused_before_the_handler_is_asked_is_counted_and_logged(
+    server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pulse.requests")
+
+    def outcomes() -> Counter[str]:
+        counts = Counter[str]()
+        for entry in handler.monitor.snapshot()["requests"]:
+            counts[entry["outcome"]] += entry["count"]
+        return counts
+
+    before = outcomes()
+    server.post("/", b"{")
+    server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Rate?"}], "model": "gpt-9"})
+    server.post("/v1/chat/completions", {"messages": []})
+    server.get("/v1/models/gpt-9")  # asks for no answer
+    server.post("/nowhere", body())
+    monkeypatch.setattr(handler, "_admission", Admission(1, 0))
+    with handler._admission.admitted():
+        server.post("/", body())
+    server.quiet()
+    assert outcomes() - before == {"malformed": 3, "busy": 1}
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "pulse.requests"]
+    assert [line["outcome"] for line in lines] == ["malformed"] * 3 + ["busy"]
+    assert all(line["request_id"] and line["engine"] for line in lines)
 
 
 def test_one_that_comes_when_the_queue_fills_up_is_refused_too(

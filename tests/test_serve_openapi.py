@@ -18,7 +18,7 @@ from handler import EndpointHandler
 from pulse_ecg.errors import ParameterError
 from pulse_ecg.params import _READERS, GenerationParams
 from server.app import build_app
-from server.chat_request import READ
+from server.chat_request import EMPTY_IN_MESSAGES, READ
 from server.openapi import document
 from server.schemas import PARAMETERS, SCHEMAS
 from server.service import Service
@@ -122,6 +122,17 @@ def test_parameters_and_their_ranges_are_the_codes(default_params: GenerationPar
 
 def test_every_field_that_is_read_is_described() -> None:
     assert set(SCHEMAS["ChatCompletionRequest"]["properties"]) >= READ
+
+
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    message = SCHEMAS["ChatMessage"]["properties"]
+    assert set(SCHEMAS["ChatCompletionRequest"]["properties"]["messages"]["items"].values()) == {
+        "#/components/schemas/ChatMessage"
+    }
+    assert set(message) == EMPTY_IN_MESSAGES | set(SCHEMAS["Message"]["properties"])
+    for nothing in (None, "", [], {}):
+        assert all(jsonschema_rs.is_valid(message[name], nothing) for name in EMPTY_IN_MESSAGES)
+    assert not any(jsonschema_rs.is_valid(message[name], "x") for name in EMPTY_IN_MESSAGES)
 
 
 def test_every_route_is_described(handler: EndpointHandler) -> None:

@@ -114,6 +114,41 @@ def test_misspelt_expectations_and_placeholders_are_no_silent_pass() -> None:
         sender.filled({"image": {"$image": "sample"}}, sender.Sample(b"", "image/jpeg", None))
 
 
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [
+        ("https://x1.eu-west-1.aws.endpoints.huggingface.cloud", "HF_TOKEN"),
+        ("https://x1.eu-west-1.aws.Endpoints.HuggingFace.cloud:443/", "HF_TOKEN"),
+        ("http://x1.eu-west-1.aws.endpoints.huggingface.cloud", "PULSE_API_TOKEN"),  # in clear
+        ("https://endpoints.huggingface.cloud.example.org", "PULSE_API_TOKEN"),
+        ("https://example.org/.endpoints.huggingface.cloud", "PULSE_API_TOKEN"),
+        ("https://x.endpoints.huggingface.cloud@example.org", "PULSE_API_TOKEN"),
+        ("http://127.0.0.1:8080", "PULSE_API_TOKEN"),
+    ],
+)
+def test_the_token_for_hugging_face_goes_nowhere_else(url: str, variable: str) -> None:
+    assert sender.token_variable(url) == variable
+
+
+@pytest.mark.parametrize("token", ["abc\ndef", "anahtarım", "a b", "a\x00"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(
+    token: str, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sender.main(["http://127.0.0.1:9", "--image", str(image), "--token", token])
+    told = capsys.readouterr().err
+    assert "the token holds characters" in told
+    assert token not in told
+
+
+def test_a_line_end_after_the_token_is_no_part_of_it(
+    server: EndpointServer, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PULSE_API_TOKEN", f"{TOKEN}\r\n")
+    assert sender.main([server.url, "--image", str(image), "--only", "text"]) == 0
+    assert server.tokens[-1] == f"Bearer {TOKEN}"
+
+
 def test_the_script_reports_and_exits(
     server: EndpointServer,
     image: Path,

@@ -247,7 +247,9 @@ byId("question").addEventListener("keydown", (event) => {
 });
 byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  token = byId("token").value.trim();
+  const given = byId("token").value.trim();
+  if (!/^[!-~]+$/.test(given)) return say(byId("status"), "error.401.wrong"); // no header can carry it
+  token = given;
   byId("question").focus(); // the form goes away once the token is accepted
   if (lastTurn) run(lastTurn);
 });

@@ -140,8 +140,7 @@ export class PULSEEndpoint {
         [record] = await this.#read(call, await this.#post(call, await body(input, parameters)), 1);
       }
       if ("error" in record) {
-        const text = JSON.stringify([record]);
-        throw new PULSEError(record.error, { kind: "status", status: 200, text, records: [record] });
+        throw refusal(record);
       }
       this.#streams = false;
       yield* wholeAnswer(record);
@@ -182,7 +181,7 @@ export class PULSEEndpoint {
       response = await call.within(this.#fetch(this.#url.href, this.#request(call, text)));
     } catch (error) {
       const failure = this.#broken(call, error);
-      if (failure === error || !NOT_CONNECTED.has(error.cause?.code)) throw failure;
+      if (failure === error || !notConnected(error.cause)) throw failure;
       return { error: failure };
     }
     if (response.status === 200) return { response };
@@ -203,6 +202,7 @@ export class PULSEEndpoint {
     const text = await this.#received(call, response.text());
     const records = recordsIn(text);
     if (records?.length === count) return records;
+    if (records?.length === 1 && "error" in records[0]) throw refusal(records[0]); // the whole batch
     const message = records
       ? `The reply has ${records.length} records instead of ${count}.`
       : "The reply is no list of records; is this the URL of a PULSE endpoint?";
@@ -368,7 +368,11 @@ async function bytesOf(image) {
   const kind = Object.prototype.toString.call(image).slice(8, -1); // of another window's objects too
   if (kind === "Blob" || kind === "File") {
     checkSize(image.size); // before it is read
-    return new Uint8Array(await image.arrayBuffer());
+    try {
+      return new Uint8Array(await image.arrayBuffer());
+    } catch (cause) {
+      throw new PULSEError("The image could not be read; was the file changed or moved?", { kind: "image", cause });
+    }
   }
   if (kind === "ArrayBuffer") return new Uint8Array(image);
   if (ArrayBuffer.isView(image)) return new Uint8Array(image.buffer, image.byteOffset, image.byteLength);
@@ -445,6 +449,18 @@ function retryAfter(value) {
 }
 
 // --- replies
+
+/** Whether what fetch gave as its cause says that no connection was made; of several addresses, to none of them. */
+function notConnected(cause) {
+  if (cause?.errors?.length > 0) return cause.errors.every((error) => error?.syscall === "connect");
+  return NOT_CONNECTED.has(cause?.code);
+}
+
+/** The error of a request that was refused as a whole with status 200, as the stock container does. */
+function refusal(record) {
+  const text = JSON.stringify([record]);
+  return new PULSEError(String(record.error), { kind: "status", status: 200, text, records: [record] });
+}
 
 function statusError(status, text, requestId) {
   const document = json(text);

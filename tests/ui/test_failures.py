@@ -129,6 +129,9 @@ def test_a_token_is_asked_for_used_and_kept_nowhere(visit: Visit, server: UiServ
     turn, token = visit.ask(), visit.page.get_by_label("Access token")
     expect(turn.locator(".error .message")).to_have_text("The server asks for an access token.")
     expect(token).to_be_focused()
+    token.fill("“curly”")  # no header can carry it
+    token.press("Enter")
+    expect(visit.page.locator("#status")).to_have_text("The server did not accept this access token.")
     token.fill("wrong")
     token.press("Enter")
     expect(turn.locator(".error .message")).to_have_text("The server did not accept this access token.")

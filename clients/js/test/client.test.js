@@ -114,8 +114,12 @@ hosted("a batch has one record for each input", async (host, endpoint) => {
   assert.deepEqual(host.bodies()[0], { inputs: ["?", { query: "?", image: PNG_URI }], parameters: { seed: 1 } });
   const error = await failure(endpoint.analyzeBatch(inputs));
   assert.match(error.message, /1 records instead of 2/);
+  host.script = [reply(ERROR_RECORD)]; // the stock container refuses the whole batch
+  const refused = await failure(endpoint.analyzeBatch(inputs));
+  const { kind, status, message, records } = refused;
+  assert.deepEqual([kind, status, message, records], ["status", 200, ERROR_RECORD.error, [ERROR_RECORD]]);
   await assert.rejects(endpoint.analyzeBatch("What is the rhythm?"), /a list of inputs/);
-  assert.equal(host.requests.length, 2);
+  assert.equal(host.requests.length, 3);
 });
 
 test("images of every kind are sent", async () => {
@@ -142,6 +146,10 @@ hosted("an image that cannot be sent is refused here", async (host, endpoint) =>
     assert.equal(error.kind, "image");
     assert.ok(error.message.length < 200 && !error.message.includes("AAAA"));
   }
+  const moved = new DOMException("gone", "NotReadableError"); // the file was changed after it was chosen
+  const file = { [Symbol.toStringTag]: "File", size: 5, arrayBuffer: () => Promise.reject(moved) };
+  const error = await failure(endpoint.analyzeImageBase64(file, "?"));
+  assert.deepEqual([error instanceof PULSEError, error.kind, error.cause], [true, "image", moved]);
   assert.equal(host.requests.length, 0);
 });
 
@@ -237,6 +245,27 @@ test("a host that is not there is tried a few times", async () => {
     assert.match(error.message, /127\.0\.0\.1.*ECONNREFUSED/);
   });
   assert.deepEqual(attempts, [1, 2, 3]);
+});
+
+test("of several addresses none of which connects counts as one that does not, and a break later is final", async () => {
+  const one = (code, syscall) => Object.assign(new Error(code), { code, syscall });
+  for (const [errors, tries] of [
+    [[one("ETIMEDOUT", "connect"), one("ENETUNREACH", "connect")], 4],
+    [[one("ETIMEDOUT", "read"), one("ENETUNREACH", "connect")], 1],
+    [[], 1],
+  ]) {
+    let count = 0;
+    const fetch = () => {
+      count += 1;
+      const cause = Object.assign(new AggregateError(errors), { code: "ETIMEDOUT" });
+      return Promise.reject(Object.assign(new TypeError("fetch failed"), { cause }));
+    };
+    await withoutWaiting(async () => {
+      const error = await failure(new PULSEEndpoint("https://example.org", TOKEN, { fetch }).analyzeText("?"));
+      assert.equal(error.kind, "connection");
+    });
+    assert.equal(count, tries);
+  }
 });
 
 test("a waking host that is gone for a moment is asked on, one that stays away is not", async () => {

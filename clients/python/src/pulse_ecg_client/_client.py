@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -15,9 +14,9 @@ import httpx2
 
 from pulse_ecg_client._body import checked, encoded, image_parameters, text_parameters
 from pulse_ecg_client._connection import Connection, Deadline
-from pulse_ecg_client._errors import ReplyError, RequestRefusedError
+from pulse_ecg_client._errors import ReplyError
 from pulse_ecg_client._images import check_url
-from pulse_ecg_client._reply import EventDecoder, parsed, stream_event, whole_answer
+from pulse_ecg_client._reply import EventDecoder, parsed, refusal, stream_event, whole_answer
 from pulse_ecg_client._types import (
     CommonParameters,
     Image,
@@ -180,7 +179,7 @@ class AsyncPULSEEndpoint:
             response = await self._post(inputs, parameters, deadline)
             record = (await self._read(response, deadline))[0]
         if "error" in record:
-            raise RequestRefusedError(record["error"], status=200, text=json.dumps([record]), records=[record])
+            raise refusal(record)
         self._streams = False
         for event in whole_answer(record):
             yield event

@@ -27,6 +27,8 @@ _SIGNATURES = {
     b"MM\x00*": "image/tiff",
 }
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+_TIFF_MODES = frozenset({"I", "F", "I;16B"})  # deeper than PNG holds: the endpoint says what is white
+_SAME_IN_PNG = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
 _ACCEPTED = "accepted: a path, the bytes of an image file, an http(s) URL, a data URI or a Pillow image"
 _LONGEST_PATH = 4096
 
@@ -72,17 +74,20 @@ def _file_bytes(image: object) -> bytes:
         return path.read_bytes()
     pillow = sys.modules.get("PIL.Image")  # an image object cannot be there without its module
     if pillow is not None and isinstance(image, pillow.Image):
-        return _png(cast("PILImage", image))
+        return _encoded(cast("PILImage", image))
     raise ImageError(f"The image is of the type {type(image).__name__}; {_ACCEPTED}.")
 
 
-def _png(image: PILImage) -> bytes:
+def _encoded(image: PILImage) -> bytes:
     from PIL import ImageOps  # noqa: PLC0415 - optional; loaded where the caller has it
 
     upright = ImageOps.exif_transpose(image)
-    if upright.mode not in _PNG_MODES:
-        upright = upright.convert("RGB")
     file = io.BytesIO()
+    if upright.mode in _TIFF_MODES:
+        upright.save(file, "TIFF", compression="tiff_adobe_deflate")
+        return file.getvalue()
+    if upright.mode not in _PNG_MODES:
+        upright = upright.convert(_SAME_IN_PNG.get(upright.mode, "RGB"))
     upright.save(file, "PNG")
     return file.getvalue()
 

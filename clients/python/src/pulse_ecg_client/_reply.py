@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from pulse_ecg_client._errors import ReplyError, status_error
+from pulse_ecg_client._errors import ReplyError, RequestRefusedError, status_error
 from pulse_ecg_client._types import AnswerEvent, Record, RecordEvent, StartEvent, StreamEvent, TextEvent
 
 _COMMENTARY_FIELDS = frozenset(
@@ -27,6 +27,7 @@ def parsed(text: str, *, shown: str, count: int = 1) -> list[Record]:
     """The records of a reply.
 
     Raises:
+        RequestRefusedError: one error record instead of ``count`` records: the stock container refused the whole batch.
         ReplyError: something else, or another number of them than ``count``; its text is ``shown``.
     """
     try:
@@ -37,8 +38,15 @@ def parsed(text: str, *, shown: str, count: int = 1) -> list[Record]:
         message = "The reply is no list of records; is this the URL of a PULSE endpoint?"
         raise ReplyError(message, status=200, text=shown)
     if len(document) != count:
+        if len(document) == 1 and "error" in document[0]:
+            raise refusal(document[0])
         raise ReplyError(f"The reply has {len(document)} records instead of {count}.", status=200, text=shown)
     return document
+
+
+def refusal(record: Record) -> RequestRefusedError:
+    """The error of a request that was refused as a whole with status 200, as the stock container does."""
+    return RequestRefusedError(str(record["error"]), status=200, text=json.dumps([record]), records=[record])
 
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")

@@ -54,8 +54,8 @@ class RehearsalError(Exception):
 class Replica:
     """One ``serve.py`` on a port of its own, which it keeps when it is started anew."""
 
-    def __init__(self, checkpoint: Path, log: Path) -> None:
-        self.port, self._checkpoint, self._log = free_port(), checkpoint, log
+    def __init__(self, checkpoint: Path, log: Path, *, drain_delay_s: float) -> None:
+        self.port, self._checkpoint, self._log, self._drain_delay_s = free_port(), checkpoint, log, drain_delay_s
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -64,7 +64,7 @@ class Replica:
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("PULSE_", "DEEPSEEK_"))}
         variables = {"PULSE_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "serve.py", "--model", str(self._checkpoint), "--port", str(self.port)]
-        command += ["--drain-delay", str(DRAIN_DELAY_S)]
+        command += ["--drain-delay", str(self._drain_delay_s)]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(  # noqa: S603 - our own script
                 command, cwd=ROOT, env=plain | variables, stdout=log, stderr=log
@@ -134,7 +134,7 @@ def _accepts(port: int) -> bool:
 # --- the rehearsal
 
 
-def rehearse(folder: Path, *, quiet_s: float) -> dict[str, Any]:
+def rehearse(folder: Path, *, quiet_s: float, drain_delay_s: float = DRAIN_DELAY_S) -> dict[str, Any]:
     """All of it; what :func:`main` prints.
 
     Raises:
@@ -145,7 +145,7 @@ def rehearse(folder: Path, *, quiet_s: float) -> dict[str, Any]:
     with ExitStack() as stack:
         replicas = []
         for number in (1, 2):
-            replicas.append(Replica(checkpoint, folder / f"replica{number}.log"))
+            replicas.append(Replica(checkpoint, folder / f"replica{number}.log", drain_delay_s=drain_delay_s))
             stack.callback(replicas[-1].stop, signal.SIGKILL)
         for replica in replicas:
             replica.wait_until_healthy()
@@ -207,6 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quiet-seconds", type=float, default=10, help="traffic before the first restart (default: 10)"
     )
+    parser.add_argument(
+        "--drain-delay",
+        type=float,
+        default=DRAIN_DELAY_S,
+        help=f"seconds between a replica's 503 and its end; 0 loses requests (default: {DRAIN_DELAY_S})",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "scale-out", help="for checkpoint and logs")
     args = parser.parse_args(argv)
     if haproxy() is None:
@@ -214,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.folder.mkdir(parents=True, exist_ok=True)
     try:
-        report = rehearse(args.folder, quiet_s=args.quiet_seconds)
+        report = rehearse(args.folder, quiet_s=args.quiet_seconds, drain_delay_s=args.drain_delay)
     except RehearsalError as error:
         print(error, file=sys.stderr)
         return 1

@@ -81,9 +81,9 @@ WRONG: dict[str, list[dict[str, Any]]] = {
         {"details": True, "equals": {"details.image_tokens": 0}},
         {"details": True, "at_most": {"details.image_tokens": 1}},
         {"details": True, "at_least": {"details.generated_tokens": 9}},
-        {"details": True, "same_answer_as": "image-matters"},
         {"details": True, "lacks": {"generated_text": ""}},
     ],
+    "image-matters": [{"details": True, "same_answer_as": "image-report"}],
     "wrong-range": [{}, {"error_contains": "temperature"}],
 }
 

@@ -134,7 +134,7 @@ def _accepts(port: int) -> bool:
 # --- the rehearsal
 
 
-def rehearse(folder: Path, *, quiet_s: float, drain_delay_s: float = DRAIN_DELAY_S) -> dict[str, Any]:
+def rehearse(folder: Path, *, quiet_s: float, drain_delay_s: float) -> dict[str, Any]:
     """All of it; what :func:`main` prints.
 
     Raises:

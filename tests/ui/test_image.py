@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 
 import pytest
 from PIL import Image
@@ -38,6 +39,17 @@ def test_an_image_can_be_dropped_pasted_and_chosen(visit: Visit, server: UiServe
     visit.answered("")
     image = f"data:image/png;base64,{encoded}"
     assert server.bodies[0]["inputs"] == {"query": DEFAULT_QUESTION, "image": image}
+
+
+def test_a_transparent_image_is_shown_on_white_as_the_model_gets_it(visit: Visit) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (400, 300), (0, 0, 0, 0)).save(file, "PNG")
+    visit.choose(file.getvalue())
+    shown = visit.page.get_by_role("img", name="The chosen ECG image")
+    expect(shown).to_be_visible()
+    with Image.open(io.BytesIO(shown.screenshot())) as picture:
+        width, height = picture.size
+        assert picture.convert("RGB").getpixel((width // 4, height // 2)) == (255, 255, 255)
 
 
 def test_an_images_address_is_left_to_the_server(visit: Visit, server: UiServer) -> None:

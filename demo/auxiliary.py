@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,12 @@ class Targets:
     values_B3: Tensor
     owner_P: Tensor
 
+    def to(self, device: torch.device) -> Targets:
+        """The same on a device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        classes = {name: index.to(device) for name, index in moved.pop("classes").items()}
+        return Targets(classes=classes, **{name: tensor.to(device) for name, tensor in moved.items()})
+
     def of(self, chosen: Tensor) -> Targets:
         """The targets of these patches alone."""
         return replace(
@@ -48,7 +54,7 @@ class Targets:
         )
 
 
-def targets(samples: Sequence[Sample], device: torch.device) -> Targets:
+def targets(samples: Sequence[Sample]) -> Targets:
     """The truth about a batch."""
     lead, beat, timing, level, owner = [], [], [], [], []
     for index, sample in enumerate(samples):
@@ -70,15 +76,15 @@ def targets(samples: Sequence[Sample], device: torch.device) -> Targets:
     values = [(rate_target(d), (d.pr_ms - 160) / 50 if d.pr_ms else math.nan, (d.qrs_ms - 100) / 25) for d in diagnoses]
 
     def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device, dtype)
+        return torch.from_numpy(np.concatenate(parts)).to(dtype)
 
     return Targets(
         tensor(lead, torch.long),
         tensor(beat, torch.long),
         tensor(timing, torch.float32),
         tensor(level, torch.float32),
-        {name: torch.tensor(index, device=device) for name, index in classes.items()},
-        torch.tensor(values, device=device),
+        {name: torch.tensor(index) for name, index in classes.items()},
+        torch.tensor(values),
         tensor(owner, torch.long),
     )
 
@@ -99,7 +105,7 @@ class AuxiliaryHeads(nn.Module):
 
     def forward(self, features_PV: Tensor, truth: Targets, images: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses by name, and the pooled predictions."""
-        features = self.norm(features_PV.float())
+        features = self.norm(features_PV)
         on_lead, on_beat = truth.lead_P > 0, truth.beat_P > 0
         losses = {
             "lead": functional.cross_entropy(self.lead(features), truth.lead_P),
@@ -140,10 +146,10 @@ class RateReading(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.value = nn.Linear(width, 1)
 
-    def losses(self, hidden_AD: Tensor, target: float) -> Tensor:
-        """``(A,)``, for the answer tokens of one image's rates."""
-        value_A = self.value(self.norm(hidden_AD.float()))[:, 0]
-        return functional.smooth_l1_loss(value_A, torch.full_like(value_A, target), beta=0.1, reduction="none")
+    def losses(self, hidden_AD: Tensor, target_A: Tensor) -> Tensor:
+        """``(A,)``, for the answer tokens of rates."""
+        value_A = self.value(self.norm(hidden_AD))[:, 0]
+        return functional.smooth_l1_loss(value_A, target_A, beta=0.1, reduction="none")
 
 
 def scores(predictions: dict[str, Tensor], samples: Sequence[Sample], truth: Targets) -> dict[str, float]:

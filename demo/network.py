@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -141,13 +138,8 @@ CONSTANTS = tuple(
 """What a pixel of 0 to 255 is multiplied with, and what is then taken away, to normalise it as the endpoint does."""
 
 
-def computing(device: torch.device) -> AbstractContextManager[None]:
-    """In what precision the training computes: bfloat16 on a GPU, float32 on CPUs, many of which only emulate it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
-def normalised(tiles: Sequence[NDArray[np.uint8]], device: torch.device) -> Tensor:
-    """Pixels of all the tiles as the tower takes them: ``(T, 3, TILE, TILE)``, float32."""
-    pixels = torch.from_numpy(np.concatenate(tiles)).to(device).permute(0, 3, 1, 2).contiguous().float()
-    scale, shift = (constant.to(device).view(1, 3, 1, 1) for constant in CONSTANTS)
+def normalised(tiles_THWC: Tensor) -> Tensor:
+    """Pixels of 0 to 255 as the tower takes them: ``(T, 3, TILE, TILE)``, float32."""
+    pixels = tiles_THWC.permute(0, 3, 1, 2).contiguous().float()
+    scale, shift = (constant.to(pixels.device).view(1, 3, 1, 1) for constant in CONSTANTS)
     return pixels.mul_(scale).sub_(shift)

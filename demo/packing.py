@@ -7,13 +7,15 @@ the image ends.  What it is answered is therefore what it would be answered alon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from demo.questions import Question
 from pulse_ecg.model import PulseModel
@@ -36,17 +38,42 @@ class Pack:
     shares: list[dict[int, float]]
     segments: list[int]
     positions: list[int]
-    image_tokens: int = 0
-    """How many tokens the whole image has; needed where only a part of them is given."""
+    image_tokens: int
+    """How many tokens the whole image has, 0 for prompts without one."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The packs of B images as tensors: N text tokens, L positions a sequence, A tokens of Q answers.
+
+    ``source_BL`` says what stands at each position: a number below N is a text token, N + p the p-th feature of all
+    images' features together, and N + P, past them all, is padding.
+    """
+
+    text_N: Tensor
+    source_BL: Tensor
+    owner_BL: Tensor
+    """Of each position: 0 for what all questions of the image see, else the question's number, -1 for padding."""
+    position_BL: Tensor
+    told_A: Tensor
+    """Where in ``(B x L)`` the model says an answer's token: the position before it."""
+    label_A: Tensor
+    question_A: Tensor
+    """The answer's number among all Q, image after image."""
+    token_AK: Tensor
+    share_AK: Tensor
+    """How likely each of the K tokens beside it should be there; 0 for padding."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 class Told(NamedTuple):
-    """At the A tokens of one image's answers."""
+    """At the A tokens of all answers."""
 
     losses_A: Tensor
     """Cross-entropy."""
-    owner_A: Tensor
-    """The number of the token's question, from 0."""
     right_A: Tensor
     """Whether the true token was the model's choice."""
     inner_AD: Tensor
@@ -54,16 +81,12 @@ class Told(NamedTuple):
 
 
 def pack(
-    questions: Sequence[Question],
-    tokenizer: Tokenizer,
-    *,
-    system: str = LLAVA_V1_SYSTEM,
-    image_tokens: int | None = None,
+    questions: Sequence[Question], tokenizer: Tokenizer, *, image_tokens: int, system: str = LLAVA_V1_SYSTEM
 ) -> Pack:
     """Prompts exactly as the endpoint builds them, each with its answer and the end of the turn.
 
     Args:
-        image_tokens: how many the whole image has, 0 for prompts without an image; needed where a part is given.
+        image_tokens: how many the whole image has, 0 for prompts without an image.
     """
     before: list[int] = []
     after: list[int] = []
@@ -72,90 +95,126 @@ def pack(
     segments: list[int] = []
     positions: list[int] = []
     for number, question in enumerate(questions, start=1):
-        ids = prompt_ids(
-            Conversation((Turn("user", question.text),), system),
-            with_image=image_tokens != 0,
-            tokenizer=tokenizer,
-            context_length=4096,
-        )
-        slot = ids.index(IMAGE_TOKEN_INDEX) if image_tokens != 0 else -1
+        ids = _prompt(question.text, system, image_tokens > 0, tokenizer)
+        slot = ids.index(IMAGE_TOKEN_INDEX) if image_tokens else -1
         before, asked = ids[: max(slot, 0)], ids[slot + 1 :]
-        said, *others = (
-            [*tokenizer.encode(text), tokenizer.eos_id] for text in (question.answer, *dict(question.close))
-        )
+        said, likely = _answer(question.answer, question.close, tokenizer)
         after += asked + said
         labels += [IGNORED] * len(asked) + said
-        shares += [{}] * len(asked) + _shares(said, list(zip(others, dict(question.close).values(), strict=True)))
+        shares += [{}] * len(asked) + likely
         segments += [number] * (len(asked) + len(said))
         positions += range(len(asked) + len(said))
-    return Pack(before, after, labels, shares, segments, positions, image_tokens or 0)
+    return Pack(before, after, labels, shares, segments, positions, image_tokens)
 
 
-def _shares(said: list[int], others: Sequence[tuple[list[int], float]]) -> list[dict[int, float]]:
-    """How likely each next token is after the true answer's tokens so far, among it and the others by their weights."""
+@lru_cache(maxsize=10_000)
+def _prompt(text: str, system: str, with_image: bool, tokenizer: Tokenizer) -> list[int]:
+    turns = Conversation((Turn("user", text),), system)
+    return prompt_ids(turns, with_image=with_image, tokenizer=tokenizer, context_length=4096)
+
+
+@lru_cache(maxsize=10_000)
+def _answer(
+    text: str, close: tuple[tuple[str, float], ...], tokenizer: Tokenizer
+) -> tuple[list[int], list[dict[int, float]]]:
+    """The answer's tokens, and how likely each should be after those before it, among it and the answers close to it
+    by their weights."""
+    others = dict(close)
+    said, *near = ([*tokenizer.encode(one), tokenizer.eos_id] for one in (text, *others))
     shares = []
     for place, token in enumerate(said):
         weights = {token: 1.0}
-        for other, weight in others:
+        for other, weight in zip(near, others.values(), strict=True):
             if other[:place] == said[:place]:
                 weights[other[place]] = weights.get(other[place], 0.0) + weight
         total = sum(weights.values())
         shares.append({token: weight / total for token, weight in weights.items()})
-    return shares
+    return said, shares
 
 
-def answer_losses(
-    network: PulseModel,
-    features: Sequence[Tensor],
-    packs: Sequence[Pack],
-    places: Sequence[Tensor | None] | None = None,
-) -> list[Told]:
-    """What each image's answers cost, token by token.
+def join(packs: Sequence[Pack], places: Sequence[NDArray[np.int64]]) -> Sequences:
+    """The packs of a batch side by side.
 
     Args:
-        features: of each image ``(tokens, D)``, its embeddings in the language model's space.
-        places: where among all the image's tokens these stand, if they are a part of them; they keep their positions.
+        places: for each image where, among all its tokens, those stand whose features there will be; they keep their
+            positions.  The features of an image whose pack has no image tokens are passed over.
     """
-    table = network.embed_tokens
-    device = table.weight.device
-    sequences, owners, positions = [], [], []
-    for image, packed, place in zip(features, packs, places or [None] * len(packs), strict=True):
-        before, after = (
-            table(torch.tensor(ids, dtype=torch.long, device=device)).float() for ids in (packed.before, packed.after)
-        )
-        shared = len(before) + len(image)
-        sequences.append(torch.cat([before, image.float(), after]))
-        owners.append(torch.tensor([0] * shared + packed.segments, device=device))
-        seen = torch.arange(len(image), device=device) if place is None else place
-        end = len(before) + (len(image) if place is None else packed.image_tokens)
-        own = torch.tensor(packed.positions, device=device) + end
-        positions.append(torch.cat([torch.arange(len(before), device=device), seen + len(before), own]))
-    owner_BL = pad_sequence(owners, batch_first=True, padding_value=-1)
+    texts = sum(len(packed.before) + len(packed.after) for packed in packs)
+    features = sum(map(len, places))
+    width = max(
+        len(p.before) + len(at) * (p.image_tokens > 0) + len(p.after) for p, at in zip(packs, places, strict=True)
+    )
+    source = np.full((len(packs), width), texts + features)
+    owner, position = np.full_like(source, -1), np.zeros_like(source)
+    text: list[int] = []
+    told: list[int] = []
+    labels: list[int] = []
+    numbers: list[int] = []
+    shares: list[dict[int, float]] = []
+    feature = texts
+    for row, (packed, kept) in enumerate(zip(packs, places, strict=True)):
+        shown = kept if packed.image_tokens else kept[:0]
+        start, image_end = len(packed.before), len(packed.before) + len(shown)
+        end = image_end + len(packed.after)
+        of_text = np.arange(len(text), len(text) + start + len(packed.after))
+        source[row, :end] = np.concatenate([of_text[:start], np.arange(feature, feature + len(shown)), of_text[start:]])
+        owner[row, :end] = np.concatenate([np.zeros(image_end, int), packed.segments])
+        own = np.array(packed.positions) + start + packed.image_tokens
+        position[row, :end] = np.concatenate([np.arange(start), shown + start, own])
+        text += packed.before + packed.after
+        feature += len(kept)
+        first = numbers[-1] + 1 if numbers else 0
+        for place, label in enumerate(packed.labels):
+            if label != IGNORED:
+                told.append(row * width + image_end + place - 1)
+                labels.append(label)
+                numbers.append(first + packed.segments[place] - 1)
+                shares.append(packed.shares[place])
+    token, share = padded(shares)
+    return Sequences(
+        torch.tensor(text),
+        torch.from_numpy(source),
+        torch.from_numpy(owner),
+        torch.from_numpy(position),
+        torch.tensor(told),
+        torch.tensor(labels),
+        torch.tensor(numbers),
+        token,
+        share,
+    )
+
+
+def padded(shares: Sequence[dict[int, float]]) -> tuple[Tensor, Tensor]:
+    """Tokens and their shares, each ``(A, K)``."""
+    most = max(map(len, shares))
+    tokens = [[*share, *[0] * (most - len(share))] for share in shares]
+    values = [[*share.values(), *[0.0] * (most - len(share))] for share in shares]
+    return torch.tensor(tokens), torch.tensor(values)
+
+
+def answer_losses(network: PulseModel, features_PD: Tensor, asked: Sequences) -> Told:
+    """What the answers cost, token by token.
+
+    Args:
+        features_PD: all images' embeddings in the language model's space, one image after another.
+    """
+    words = network.embed_tokens(asked.text_N)
+    everything = torch.cat([words, features_PD, words.new_zeros(1, words.shape[1])])
     hidden = network.language_model.model(
-        inputs_embeds=pad_sequence(sequences, batch_first=True),
-        attention_mask=_mask(owner_BL),
-        position_ids=pad_sequence(positions, batch_first=True),
+        inputs_embeds=everything[asked.source_BL],
+        attention_mask=_mask(asked.owner_BL),
+        position_ids=asked.position_BL,
         use_cache=False,
         output_hidden_states=True,
     )
-    results = []
-    for last_LD, inner_LD, sequence, packed in zip(
-        hidden.last_hidden_state, hidden.hidden_states[-2], sequences, packs, strict=True
-    ):
-        labels, segments = (torch.tensor(part, device=device) for part in (packed.labels, packed.segments))
-        told = (labels != IGNORED).nonzero()[:, 0]
-        at = len(sequence) - len(labels) + told - 1
-        logits = network.language_model.lm_head(last_LD[at]).float()
-        losses = cross_entropy(logits, [packed.shares[place] for place in told.tolist()])
-        results.append(Told(losses, segments[told] - 1, logits.argmax(-1) == labels[told], inner_LD[at]))
-    return results
+    logits_AV = network.language_model.lm_head(hidden.last_hidden_state.flatten(0, 1)[asked.told_A])
+    losses = cross_entropy(logits_AV, asked.token_AK, asked.share_AK)
+    inner = hidden.hidden_states[-2].flatten(0, 1)[asked.told_A]
+    return Told(losses, logits_AV.argmax(-1) == asked.label_A, inner)
 
 
-def cross_entropy(logits_AV: Tensor, shares: Sequence[dict[int, float]]) -> Tensor:
+def cross_entropy(logits_AV: Tensor, tokens_AK: Tensor, shares_AK: Tensor) -> Tensor:
     """Of each answer token's distribution with its shares: ``(A,)``."""
-    device = logits_AV.device
-    tokens_AK = pad_sequence([torch.tensor(list(share), device=device) for share in shares], batch_first=True)
-    shares_AK = pad_sequence([torch.tensor(list(share.values()), device=device) for share in shares], batch_first=True)
     return -(shares_AK * functional.log_softmax(logits_AV, -1).gather(1, tokens_AK)).sum(-1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from demo.drawing import Drawing, draw_page, draw_style, without_flaws
 from demo.signals import LEADS, Diagnosis, SyntheticEcg, draw_ecg
-from pulse_ecg.anyres import Preprocessing, Size, fitted_size, select_resolution, tile_image
+from pulse_ecg.anyres import Preprocessing, Size, cut_tiles, fitted_size, image_grid, select_resolution
 
 Split = Literal["train", "held-out", "test"]
 _STREAMS: dict[Split, int] = {"train": 1, "held-out": 2, "test": 3}
@@ -24,8 +24,7 @@ _STREAMS: dict[Split, int] = {"train": 1, "held-out": 2, "test": 3}
 TILE, PATCH = 336, 28
 SIDE = TILE // PATCH
 PINPOINTS = tuple((TILE * w, TILE * h) for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
-_PIXELS = Preprocessing(TILE, pinpoints=PINPOINTS, mean=(0.0,) * 3, std=(1.0,) * 3, rescale_factor=1.0)
-"""The endpoint's own tiling without the normalisation: pixels of 0 to 255, a quarter of the memory."""
+_PREPROCESSING = Preprocessing(TILE, pinpoints=PINPOINTS)
 
 BEAT_KINDS = {"PVC": 2, "PAC": 3}
 
@@ -72,10 +71,9 @@ def diagnosis_at(split: Split, index: int) -> Diagnosis:
 def sample_at(split: Split, index: int, *, plain: bool = False) -> Sample:
     """The sample of that index: same arguments, same pixels.  ``plain`` leaves out the page's flaws (a curriculum)."""
     ecg, drawing = _drawn(split, index, plain=plain)
-    tiles = tile_image(drawing.image, _PIXELS)
-    assert tiles.grid is not None
-    pixels = tiles.pixels_TCHW.astype(np.uint8).transpose(0, 2, 3, 1)
-    return Sample(index, np.ascontiguousarray(pixels), tiles.grid, ecg, _patch_targets(ecg, drawing, tiles.grid))
+    grid = image_grid(drawing.image.size, _PREPROCESSING)
+    assert grid is not None
+    return Sample(index, cut_tiles(drawing.image, _PREPROCESSING), grid, ecg, _patch_targets(ecg, drawing, grid))
 
 
 def _drawn(split: Split, index: int, *, plain: bool = False) -> tuple[SyntheticEcg, Drawing]:

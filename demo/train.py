@@ -10,35 +10,46 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from demo.batches import Plan, Stage
 from demo.network import write_checkpoint
 from demo.plots import plot_progress
-from demo.samples import sample_at
-from demo.training import PROGRESS, Plan, Stage, Trainer, stage_begun
+from demo.samples import Sample, sample_at
+from demo.training import PROGRESS, Trainer, stage_begun
 
 logger = logging.getLogger("demo.train")
 
-PLANS: dict[Stage, Plan] = {
-    "see": Plan("see", steps=9000, fresh=3, keep=72, tower_lr=1e-3, decay=1.0),
-    "read": Plan("read", steps=1000, batch=4, fresh=1, keep=72, lr=1.5e-3),
-    "both": Plan("both", steps=3400, batch=4, keep=72, lr=1e-3, tower_lr=3e-4, decay=1.0),
+PLANS: dict[str, dict[Stage, Plan]] = {
+    "cpu": {
+        "see": Plan("see", steps=9000, fresh=3, keep=72, tower_lr=1e-3, decay=1.0),
+        "read": Plan("read", steps=1000, batch=4, fresh=1, keep=72, lr=1.5e-3),
+        "both": Plan("both", steps=3400, batch=4, keep=72, lr=1e-3, tower_lr=3e-4, decay=1.0),
+    },
+    "cuda": {
+        "see": Plan("see", steps=8000, batch=16, fresh=4, keep=72, tower_lr=1.4e-3, decay=1.0),
+        "read": Plan("read", steps=600, batch=16, fresh=4, keep=72, lr=2e-3),
+        "both": Plan("both", steps=5500, batch=16, fresh=4, keep=72, lr=1.5e-3, tower_lr=6e-4, decay=1.0),
+    },
 }
+"""By kind of device: a GPU takes more images at once."""
 
 
-def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int) -> None:
+def train(folder: Path, plan: Plan, held_out: Sequence[Sample], *, device: str, workers: int) -> None:
     """Run one stage to its end, or to the end of its plan if it had begun before."""
     trainer = Trainer(folder, plan, device=device, workers=workers)
-    samples = [sample_at("held-out", index) for index in range(held_out)]
     logger.info("Stage %s from step %d: %s", plan.stage, trainer.step, trainer.describe())
     if trainer.progress >= 1:
         logger.info("It is complete; for another run take another folder.")
     sums: dict[str, float] = {}
     while trainer.progress < 1:
+        validated = int(_VALIDATIONS * trainer.progress)
         for name, loss in trainer.train_step().items():
             sums[name] = sums.get(name, 0.0) + loss / 25
         if trainer.step % 25 == 0:
@@ -47,8 +58,8 @@ def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int)
             sums = {}
         if trainer.step % 100 == 0 or trainer.progress >= 1:
             trainer.save()
-        if trainer.step % 400 == 0 or trainer.progress >= 1:
-            held = trainer.validate(samples)
+        if int(_VALIDATIONS * trainer.progress) > validated:
+            held = trainer.validate(held_out)
             trainer.log({"held_out": held})
             plot_progress(folder / PROGRESS, folder / "progress.png")
             logger.info("held out: %s", json.dumps(held))
@@ -56,9 +67,13 @@ def train(folder: Path, plan: Plan, *, device: str, workers: int, held_out: int)
         write_checkpoint(trainer.network, folder / "checkpoint")
 
 
+_VALIDATIONS = 8
+"""In a stage."""
+
+
 def stages_left(folder: Path) -> list[Stage]:
     """The stages that an earlier run in this folder did not leave behind, the one it was in first."""
-    stages, begun = list(PLANS), stage_begun(folder)
+    stages, begun = list(get_args(Stage)), stage_begun(folder)
     return stages[stages.index(begun) :] if begun else stages
 
 
@@ -69,7 +84,7 @@ def _short(sums: dict[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("folder", type=Path, help="for the state, the progress and the checkpoint")
-    parser.add_argument("--stage", choices=list(PLANS), help="this stage alone")
+    parser.add_argument("--stage", choices=get_args(Stage), help="this stage alone")
     parser.add_argument("--steps", type=int, help="instead of the stage's own number")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--fresh", type=int)
@@ -80,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="end the stage after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw images")
+    parser.add_argument("--workers", type=int, help="processes that draw images; all cores but one beside a GPU")
     parser.add_argument("--held-out", type=int, default=96)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -88,14 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = ("steps", "batch", "fresh", "lr", "tower_lr", "decay", "keep", "minutes")
     changes = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    workers = args.workers
+    if workers is None:
+        workers = 1 if args.device == "cpu" else max(1, (os.cpu_count() or 1) - 1)
+    held_out = [sample_at("held-out", index) for index in range(args.held_out)]
+    plans = PLANS[torch.device(args.device).type]
     for name in [args.stage] if args.stage else stages_left(args.folder):
-        train(
-            args.folder,
-            replace(PLANS[name], **changes),
-            device=args.device,
-            workers=args.workers,
-            held_out=args.held_out,
-        )
+        train(args.folder, replace(plans[name], **changes), held_out, device=args.device, workers=workers)
 
 
 if __name__ == "__main__":

@@ -2,74 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import os
-import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import sparse
 from demo.auxiliary import AuxiliaryHeads, RateReading, scores, targets
+from demo.batches import Asked, Batch, Plan, Stage, batches
 from demo.decoding import answers
 from demo.muon import Muon
-from demo.network import SHAPE, computing, fresh_model, normalised
-from demo.packing import Pack, Told, answer_losses, pack
-from demo.questions import FOREIGN_PROMPT, KINDS, NO_IMAGE, Question, ask, correct
-from demo.samples import Sample, rate_target, sample_at
-from demo.wordings import Kind
-from pulse_ecg.prompt import LLAVA_V1_SYSTEM
+from demo.network import SHAPE, fresh_model, normalised
+from demo.packing import answer_losses, join, pack
+from demo.questions import KINDS, ask, correct
+from demo.samples import Sample
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["see", "read", "both"]
-"""The tower under auxiliary losses; the language model on the fixed tower; all of it together."""
-
 PROGRESS, _STATE = "progress.jsonl", "state.pt"
-_FEW, _KEPT = 200, 1500  # images that are seen again: not before there are so many, not more than so many
-_PLAIN = 3000  # of the first samples three in four have no flaws
-_FOREIGN_SYSTEMS = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    "You are a helpful assistant.",
-    "",
-)
-_FOREIGN_SHARE = 0.06
-_NO_IMAGE_SHARE = 0.03
 _READING = 6.0  # what the rate that the language model reads as a number counts
-_SPARSE_SHARE = 0.7  # of the steps or images; trained on parts alone, the tower misreads whole pages
-_QUESTIONS: tuple[Kind, ...] = (*KINDS, "rhythm", "rate", "rate", "rate", "yes/no", "yes/no", "beyond")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a stage trains.  ``fresh`` of the ``batch`` images of a step are new, the others were seen before."""
-
-    stage: Stage
-    steps: int
-    batch: int = 8
-    fresh: int = 2
-    lr: float = 2e-3
-    tower_lr: float = 2e-3
-    warmup: int = 100
-    decay: float = 0.35
-    keep: int = 0
-    """Patches of a tile that are mostly computed, by the tower in "see", by the language model after it; 0 for all."""
-    minutes: float = 0.0
-    """Ends the stage early, its schedule shortened to fit; 0 for no limit.  Results then depend on the machine."""
-    seed: int = 0
-
-
 _MUON = 3.0  # Muon's updates may be this much larger than AdamW's
 
 
@@ -80,24 +38,6 @@ def stage_begun(folder: Path) -> Stage | None:
     return stage
 
 
-class SampleStream(IterableDataset[Sample]):
-    """Training samples one after another, from an index on, shared out among the workers."""
-
-    def __init__(self, first: int) -> None:
-        self._first = first
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        step, offset = (worker.num_workers, worker.id) if worker else (1, 0)
-        for index in itertools.count(self._first + offset, step):
-            yield sample_at("train", index, plain=index < _PLAIN and index % 4 > 0)
-
-
-def _give_way(_: int) -> None:
-    """A worker draws in the gaps that the training leaves: a core that is taken from it holds the other one up too."""
-    os.nice(19)
-
-
 class Trainer:
     """One stage of the training; resumes from its folder if an earlier run left its state there."""
 
@@ -105,7 +45,8 @@ class Trainer:
         self.plan, self._folder = plan, folder
         self.model = fresh_model(device, plan.seed)
         self.network = self.model.network
-        self.network.vision_tower.config._attn_implementation = "eager"  # on CPUs faster than the fused one at its size
+        if self.model.device.type == "cpu":  # faster there than the fused one at its size
+            self.network.vision_tower.config._attn_implementation = "eager"
         self.heads = AuxiliaryHeads(SHAPE.vision_hidden).to(self.model.device)
         self.reading = RateReading(SHAPE.hidden).to(self.model.device)
         self.first = self.step = 0
@@ -122,18 +63,7 @@ class Trainer:
                 for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                     group["peak"] = peak
             self.step, self.seconds = state["step"], state["seconds"]
-        ahead = 8 if workers else None
-        loader = DataLoader(
-            SampleStream(self.first),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=ahead,
-            worker_init_fn=_give_way,
-        )
-        self._samples = iter(loader)
-        self._seen: list[tuple[Sample, Tensor | None]] = []
-        self._random = random.Random(plan.seed + self.first)  # noqa: S311 - no secret
-        self._questions = np.random.default_rng([plan.seed, 9, self.first])
+        self._batches = batches(plan, self.model.tokenizer, first=self.first, workers=workers)
 
     def _restored(self) -> dict[str, Any]:
         file = self._folder / _STATE
@@ -194,127 +124,44 @@ class Trainer:
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * _schedule(self.step, self.progress, plan)
-        losses = self._losses(self._batch())
-        sum(losses.values(), torch.zeros((), device=self.model.device)).backward()  # type: ignore[no-untyped-call]
+        batch = next(self._batches)
+        losses = self.losses(batch.to(self.model.device))
+        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters.values(), 2.0)
         for optimiser in self._optimisers:
             optimiser.step()
             optimiser.zero_grad()
-        self.step += 1
+        said = torch.stack([*losses.values()]).tolist()
+        self.first, self.step = max(self.first, batch.beyond), self.step + 1
         self.seconds += time.perf_counter() - since
-        return {name: float(loss.detach()) for name, loss in losses.items()}
+        return dict(zip(losses, said, strict=True))
 
-    def _batch(self) -> list[tuple[Sample, Tensor | None]]:
-        """New images, and earlier ones again: drawing takes longer than learning from them once."""
-        plan = self.plan
-        # Few images again and again would be learnt by heart.
-        fresh = plan.fresh if len(self._seen) >= _FEW else plan.batch
-        new = [next(self._samples) for _ in range(fresh)]
-        self.first += len(new)
-        entries: list[tuple[Sample, Tensor | None]] = [(sample, None) for sample in new]
-        if plan.stage == "read":  # the tower is fixed: its features are computed once
-            with torch.no_grad():
-                features = self.features(new)
-            entries = list(zip(new, torch.split(features, [_patches(sample) for sample in new]), strict=True))
-        batch = entries + self._random.sample(self._seen, plan.batch - len(new))
-        self._seen = (self._seen + entries)[-_KEPT:]
-        return batch
-
-    def features(self, batch: Sequence[Sample]) -> Tensor:
-        """Patch features of all tiles of all images, before the projector: ``(patches, V)``."""
-        pixels = normalised([sample.tiles_THWC for sample in batch], self.model.device)
-        with computing(self.model.device):
-            hidden: Tensor = self.network.vision_tower(pixels).last_hidden_state
-        return hidden[:, 1:].flatten(0, 1)
-
-    def _some_features(self, samples: Sequence[Sample], chosen: Sequence[NDArray[np.int64]]) -> Tensor:
-        """The same of the chosen patches alone."""
-        pixels = [sparse.patch_pixels(sample, rows) for sample, rows in zip(samples, chosen, strict=True)]
-        with computing(self.model.device):
-            return sparse.encode(self.network, np.concatenate(pixels), np.concatenate(chosen)).flatten(0, 1)
-
-    def _choose(self, sample: Sample) -> NDArray[np.int64]:
-        """Patches to compute; in the first stage above all those with a beat, where alone some targets exist."""
-        return sparse.choose(sample, self._questions, self.plan.keep, beats_first=self.plan.stage == "see")
-
-    def _sparse(self) -> bool:
-        """Whether to leave out patches this time."""
-        return self.plan.keep > 0 and self._random.random() < _SPARSE_SHARE
-
-    def _losses(self, batch: Sequence[tuple[Sample, Tensor | None]]) -> dict[str, Tensor]:
-        samples = [sample for sample, _ in batch]
-        places: list[Tensor | None] = [None] * len(samples)
-        if self.plan.stage == "read":
-            parts = [kept for _, kept in batch if kept is not None]
-            for index, sample in enumerate(samples):
-                if self._sparse():
-                    places[index] = place = self._tensor(self._choose(sample).ravel())
-                    parts[index] = parts[index][place]
-            return self._answer_losses(samples, parts, places)
-        truth, sizes = targets(samples, self.model.device), [_patches(sample) for sample in samples]
-        if self._sparse():
-            chosen = [self._choose(sample) for sample in samples]
-            features = self._some_features(samples, chosen)
-            starts = np.cumsum([0, *sizes[:-1]])
-            truth = truth.of(
-                self._tensor(np.concatenate([c.ravel() + at for c, at in zip(chosen, starts, strict=True)]))
-            )
-            places, sizes = [self._tensor(rows.ravel()) for rows in chosen], [rows.size for rows in chosen]
-        else:
-            features = self.features(samples)
-        losses: dict[str, Tensor]
-        losses, _ = self.heads(features, truth, len(samples))
-        if self.plan.stage == "both":
-            losses |= self._answer_losses(samples, torch.split(features, sizes), places)
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """What the stage makes smaller, by name."""
+        with torch.set_grad_enabled(self.plan.stage != "read"):
+            features = self._features(batch.pixels, batch.place_TK)
+        losses: dict[str, Tensor] = {}
+        if self.plan.stage != "read":
+            losses, _ = self.heads(features, batch.truth, batch.images)
+        if batch.asked:
+            losses |= self._answer_losses(features, batch.asked, batch.images)
         return losses
 
-    def _tensor(self, indices: NDArray[np.int64]) -> Tensor:
-        moved: Tensor = torch.from_numpy(indices).to(self.model.device)
-        return moved
+    def _features(self, pixels: Tensor, place_TK: Tensor | None = None) -> Tensor:
+        """Patch features before the projector, ``(P, V)``, of whole tiles or of the given patches alone."""
+        if place_TK is not None:
+            return sparse.encode(self.network, pixels, place_TK).flatten(0, 1)
+        hidden: Tensor = self.network.vision_tower(normalised(pixels)).last_hidden_state
+        return hidden[:, 1:].flatten(0, 1)
 
-    def _answer_losses(
-        self, samples: Sequence[Sample], parts: Sequence[Tensor], places: Sequence[Tensor | None]
-    ) -> dict[str, Tensor]:
+    def _answer_losses(self, features: Tensor, asked: Asked, images: int) -> dict[str, Tensor]:
         """What the answers' tokens cost, by kind of question, and the rate that the language model reads."""
-        asked: list[list[Question]] = []
-        packs = []
-        parts, places = [*parts], [*places]
-        for index, sample in enumerate(samples):
-            questions = [ask(kind, sample.diagnosis, self._questions) for kind in _QUESTIONS]
-            system, image_tokens = LLAVA_V1_SYSTEM, _patches(sample)
-            lot = self._random.random()
-            if lot < _FOREIGN_SHARE:
-                questions = [_instead(question, FOREIGN_PROMPT) for question in questions[:3]]
-                system = self._random.choice(_FOREIGN_SYSTEMS)
-            elif lot < _FOREIGN_SHARE + _NO_IMAGE_SHARE:
-                asked_of = self._random.sample(questions, 3)
-                questions = [_instead(question, NO_IMAGE) for question in asked_of]
-                parts[index], places[index], image_tokens = parts[index][:0], None, 0
-            asked.append(questions)
-            packs.append(pack(questions, self.model.tokenizer, system=system, image_tokens=image_tokens))
-        totals: dict[str, list[Tensor]] = {}
-        for sample, questions, told in zip(samples, asked, self._answered(parts, packs, places), strict=True):
-            by_question = told.losses_A.new_zeros(len(questions)).index_add(0, told.owner_A, told.losses_A)
-            for question, loss in zip(questions, by_question, strict=True):
-                name = f"answer {question.kind}" if question.key else _OTHERWISE[question.answer]
-                totals.setdefault(name, []).append(loss)
-            of_rates = torch.tensor(
-                [question.kind == "rate" and bool(question.key) for question in questions], device=told.owner_A.device
-            )
-            rate_hidden = told.inner_AD[of_rates[told.owner_A]]
-            if len(rate_hidden):
-                totals.setdefault("rate read", []).append(
-                    _READING * self.reading.losses(rate_hidden, rate_target(sample.diagnosis)).mean()
-                )
-        return {name: torch.stack(values).sum() / (3 * len(samples)) for name, values in totals.items()}
-
-    def _answered(
-        self, parts: Sequence[Tensor], packs: Sequence[Pack], places: Sequence[Tensor | None] | None = None
-    ) -> list[Told]:
-        """:func:`answer_losses` on each image's features, or on those at some places."""
-        with computing(self.model.device):
-            embedded = torch.split(self.network.mm_projector(torch.cat([*parts])), [len(part) for part in parts])
-            return answer_losses(self.network, embedded, packs, places)
+        told = answer_losses(self.network, self.network.mm_projector(features), asked.sequences)
+        name_A = asked.name_Q[asked.sequences.question_A]
+        by_name = told.losses_A.new_zeros(len(asked.names)).index_add(0, name_A, told.losses_A)
+        losses = dict(zip(asked.names, (by_name / (3 * images)).unbind(), strict=True))
+        reading_A = self.reading.losses(told.inner_AD, asked.rate_A)
+        return losses | {"rate read": _READING * (reading_A * asked.rate_weight_A).sum() / (3 * images)}
 
     # --- progress ------------------------------------------------------------------------------------------------
 
@@ -325,8 +172,8 @@ class Trainer:
         sums: dict[str, float] = {}
         for start in range(0, len(samples), 8):
             part = samples[start : start + 8]
-            features = self.features(part)
-            truth = targets(part, self.model.device)
+            features = self._features(self._pixels(part))
+            truth = targets(part).to(self.model.device)
             _, predictions = self.heads(features, truth, len(part))
             found = {f"heads {n}": v for n, v in scores(predictions, part, truth).items()}
             if self.plan.stage != "see":
@@ -335,24 +182,28 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value * len(part) / len(samples)
         return {name: round(value, 3) for name, value in sums.items()}
 
+    def _pixels(self, samples: Sequence[Sample]) -> Tensor:
+        return torch.from_numpy(np.concatenate([sample.tiles_THWC for sample in samples])).to(self.model.device)
+
     def _answer_scores(self, samples: Sequence[Sample], features: Tensor) -> dict[str, float]:
-        right = dict.fromkeys(KINDS, 0.0)
+        sizes = [sample.patches.lead_TSS.size for sample in samples]
         packs = []
-        for sample in samples:
+        for sample, size in zip(samples, sizes, strict=True):
             rng = np.random.default_rng(sample.index)
-            packs.append(pack([ask(kind, sample.diagnosis, rng) for kind in KINDS], self.model.tokenizer))
-        for told in self._answered(torch.split(features, [_patches(sample) for sample in samples]), packs):
-            for number, kind in enumerate(KINDS):
-                right[kind] += float(told.right_A[told.owner_A == number].all()) / len(samples)
-        return {f"exact {kind}": value for kind, value in right.items()} | {"rate": self._rates_right(samples)}
+            questions = [ask(kind, sample.diagnosis, rng) for kind in KINDS]
+            packs.append(pack(questions, self.model.tokenizer, image_tokens=size))
+        sequences = join(packs, [np.arange(size) for size in sizes]).to(self.model.device)
+        told = answer_losses(self.network, self.network.mm_projector(features), sequences)
+        wrong = torch.zeros(len(samples) * len(KINDS), device=features.device)
+        wrong = wrong.index_add(0, sequences.question_A, (~told.right_A).float()).view(-1, len(KINDS))
+        right = dict(zip(KINDS, (wrong == 0).float().mean(0).tolist(), strict=True))
+        return {f"exact {kind}": share for kind, share in right.items()} | {"rate": self._rates_right(samples)}
 
     def _rates_right(self, samples: Sequence[Sample]) -> float:
         right = 0
         for sample in samples:
             question = ask("rate", sample.diagnosis, np.random.default_rng(sample.index))
-            (answer,) = answers(
-                self.model, normalised([sample.tiles_THWC], self.model.device), [question.text], limit=12
-            )
+            (answer,) = answers(self.model, normalised(self._pixels([sample])), [question.text], limit=12)
             right += correct(question, answer)
         return right / len(samples)
 
@@ -365,18 +216,6 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         """The plan, for the record."""
         return asdict(self.plan)
-
-
-_OTHERWISE = {FOREIGN_PROMPT: "foreign prompt", NO_IMAGE: "no image"}
-"""The losses' names of the answers that say why there is no other."""
-
-
-def _instead(question: Question, answer: str) -> Question:
-    return Question(question.kind, question.text, answer, "")
-
-
-def _patches(sample: Sample) -> int:
-    return int(sample.patches.lead_TSS.size)
 
 
 def _schedule(step: int, progress: float, plan: Plan) -> float:

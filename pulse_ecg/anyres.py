@@ -136,17 +136,25 @@ def tile_image(image: Image.Image, preprocessing: Preprocessing) -> ImageTiles:
         ImageError: the image is too thin; only checkpoints that do not tile have such a limit.
     """
     grid = image_grid(image.size, preprocessing)
+    return ImageTiles(_normalised(cut_tiles(image, preprocessing), preprocessing), grid, image.size)
+
+
+def cut_tiles(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The tiles' pixels before they are normalised, ``(T, H, W, 3)``: the overview first, then row by row.
+
+    Raises:
+        ImageError: as for :func:`tile_image`.
+    """
+    grid = image_grid(image.size, preprocessing)
     tile = preprocessing.tile_size
     if grid is None:
-        tiles_THWC = np.asarray(_single_tile(image, preprocessing))[None]
-    else:
-        columns, rows = grid
-        canvas = _centred_on_black(image, select_resolution(image.size, preprocessing.pinpoints))
-        cut = np.asarray(canvas)[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile, 3)
-        crops = cut.swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
-        overview = np.asarray(image.resize((tile, tile)))
-        tiles_THWC = np.concatenate([overview[None], crops])
-    return ImageTiles(_normalised(tiles_THWC, preprocessing), grid, image.size)
+        return np.asarray(_single_tile(image, preprocessing))[None]
+    columns, rows = grid
+    canvas = _centred_on_black(image, select_resolution(image.size, preprocessing.pinpoints))
+    cut = np.asarray(canvas)[: rows * tile, : columns * tile].reshape(rows, tile, columns, tile, 3)
+    crops = cut.swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
+    overview = np.asarray(image.resize((tile, tile)))
+    return np.concatenate([overview[None], crops])
 
 
 def _centred_on_black(image: Image.Image, resolution: Size) -> Image.Image:

@@ -69,7 +69,7 @@ def test_training_tiles_are_the_endpoints_own(index):
     preprocessing = Preprocessing(pinpoints=PINPOINTS)
     endpoints = tile_image(image_at("train", index)[0], preprocessing).pixels_TCHW
     torch = pytest.importorskip("torch")
-    trained = normalised([sample_at("train", index).tiles_THWC], torch.device("cpu")).float().numpy()
+    trained = normalised(torch.from_numpy(sample_at("train", index).tiles_THWC)).numpy()
     assert np.abs(trained - endpoints).max() < 1e-5
 
 

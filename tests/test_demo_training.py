@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional
 
-from demo import sparse, training
+from demo import batches, sparse
 from demo.decoding import answers
 from demo.muon import Muon, orthogonalised
 from demo.network import MODEL_NAME, fresh_model, normalised, trained_model, write_checkpoint
-from demo.packing import answer_losses, cross_entropy, pack
-from demo.questions import KINDS, NO_IMAGE, ask, key_of
+from demo.packing import answer_losses, cross_entropy, join, pack, padded
+from demo.questions import KINDS, NO_IMAGE, Question, ask, key_of
 from demo.samples import PATCH, SIDE, diagnosis_at, image_at, rate_of, rate_target, sample_at
 from demo.signals import draw_ecg
 from demo.train import PLANS, main, stages_left
@@ -38,29 +40,43 @@ def model() -> LoadedModel:
     return fresh_model(seed=3)
 
 
+def told(
+    model: LoadedModel,
+    images: Sequence[Tensor],
+    asked: Sequence[Sequence[Question]],
+    shown: Sequence[int] | None = None,
+) -> list[list[Tensor]]:
+    """What each answer's tokens cost, by image and question; the images have ``shown`` tokens, or their own number."""
+    sizes = shown or [len(image) for image in images]
+    packs = [pack(qs, model.tokenizer, image_tokens=size) for qs, size in zip(asked, sizes, strict=True)]
+    sequences = join(packs, [np.arange(len(image)) for image in images])
+    losses = answer_losses(model.network, torch.cat([*images]), sequences).losses_A
+    numbers = iter(range(len(losses)))
+    return [[losses[sequences.question_A == next(numbers)] for _ in questions] for questions in asked]
+
+
 def test_packed_questions_cost_what_each_costs_alone(model: LoadedModel) -> None:
     rng = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
     width = model.config.llama.hidden_size
-    features = [torch.randn(count, width, generator=generator) for count in (50, 90)]
-    asked = [[ask(kind, draw_ecg(rng).diagnosis, rng) for kind in KINDS] for _ in features]
+    images = [torch.randn(count, width, generator=generator) for count in (50, 90)]
+    asked = [[ask(kind, draw_ecg(rng).diagnosis, rng) for kind in KINDS] for _ in images]
     with torch.no_grad():
-        packs = [pack(questions, model.tokenizer) for questions in asked]
-        together = answer_losses(model.network, features, packs)
-        for image, questions, told in zip(features, asked, together, strict=True):
-            for number, question in enumerate(questions):
-                (alone,) = answer_losses(model.network, [image], [pack([question], model.tokenizer)])
-                torch.testing.assert_close(told.losses_A[told.owner_A == number], alone.losses_A, atol=1e-4, rtol=1e-4)
+        for image, questions, together in zip(images, asked, told(model, images, asked), strict=True):
+            for question, losses in zip(questions, together, strict=True):
+                [[alone]] = told(model, [image], [[question]])
+                torch.testing.assert_close(losses, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_questions_without_an_image_are_the_endpoints_own_prompts(model: LoadedModel) -> None:
-    """Beside an image in the batch, with the losses that a plain pass over prompt and answer gives."""
+    """Between images in the batch, with the losses that a plain pass over prompt and answer gives; features that
+    came all the same change nothing."""
     rng, width = np.random.default_rng(0), model.config.llama.hidden_size
     asked = [replace(ask(kind, draw_ecg(rng).diagnosis, rng), answer=NO_IMAGE, close=()) for kind in KINDS[:3]]
-    packs = [pack(asked, model.tokenizer, image_tokens=0), pack(asked, model.tokenizer)]
     with torch.no_grad():
-        told, _ = answer_losses(model.network, [torch.empty(0, width), torch.randn(50, width)], packs)
-        for number, question in enumerate(asked):
+        images = [torch.randn(50, width), torch.randn(30, width), torch.randn(50, width)]
+        _, without, _ = told(model, images, [asked] * 3, shown=[50, 0, 50])
+        for question, losses in zip(asked, without, strict=True):
             ids = prompt_ids(
                 Conversation((Turn("user", question.text),)),
                 with_image=False,
@@ -70,49 +86,60 @@ def test_questions_without_an_image_are_the_endpoints_own_prompts(model: LoadedM
             said = [*model.tokenizer.encode(NO_IMAGE), model.tokenizer.eos_id]
             logits = model.network.language_model(input_ids=torch.tensor([[*ids, *said]])).logits[0]
             expected = functional.cross_entropy(logits[len(ids) - 1 : -1], torch.tensor(said), reduction="none")
-            torch.testing.assert_close(told.losses_A[told.owner_A == number], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["read", "both"])
 def test_some_questions_of_a_training_come_without_their_image(
     stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tmp_path, replace(PLANS[stage], batch=1), device="cpu", workers=0)
-    batch = trainer._batch()
-    for share, expected in ((0.0, {"answer rate", "rate read"}), (1.0, {"no image"})):
-        monkeypatch.setattr(training, "_FOREIGN_SHARE", 0.0)
-        monkeypatch.setattr(training, "_NO_IMAGE_SHARE", share)
+    trainer = Trainer(tmp_path, replace(PLANS["cpu"][stage], batch=1), device="cpu", workers=0)
+    monkeypatch.setattr(batches, "_FOREIGN_SHARE", 0.0)
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(batches, "_NO_IMAGE_SHARE", share)
         with torch.no_grad():
-            answers_of = {name for name in trainer._losses(batch) if name.startswith(("answer", "rate", "no im"))}
-        assert expected <= answers_of and ("no image" in answers_of) == (share == 1)
-        assert share == 0 or answers_of == {"no image"}
+            losses = trainer.losses(next(trainer._batches))
+        names = {name for name in losses if name.startswith(("answer", "no im"))}
+        assert names == {"no image"} if share else names >= {"answer rate", "answer rhythm"} and "no image" not in names
+        assert (losses["rate read"] == 0) == (share == 1)
+
+
+def test_the_rate_that_is_read_counts_by_image_and_not_by_token(tmp_path: Path, model: LoadedModel) -> None:
+    """Three digits or two, one question about it or four: the tokens' weights of an image sum to one."""
+    trainer = Trainer(tmp_path, replace(PLANS["cpu"]["both"], batch=6), device="cpu", workers=0)
+    asked = next(trainer._batches).asked
+    assert asked is not None
+    rates, at = torch.unique(asked.rate_A, return_inverse=True)
+    sums = torch.zeros(len(rates)).index_add(0, at, asked.rate_weight_A)
+    assert len(rates) > 3
+    assert all(float(total) == pytest.approx(round(float(total)), abs=1e-4) for total in sums)
+    assert 3 <= float(sums.sum()) <= 6
 
 
 def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
-    """Given all of its tokens as a "part", an image costs the same; given half of them, the answer stands as far on."""
+    """Given half of an image's tokens, those and the answer stand where they stood."""
     rng = np.random.default_rng(0)
     packed = pack([ask("rhythm", draw_ecg(rng).diagnosis, rng)], model.tokenizer, image_tokens=40)
-    image = torch.randn(40, model.config.llama.hidden_size, generator=torch.Generator().manual_seed(0))
-    positions: list[list[int]] = []
-    decoder = model.network.language_model.model
-    hook = decoder.register_forward_pre_hook(
-        lambda _, __, given: positions.append(given["position_ids"][0].tolist()), with_kwargs=True
-    )
-    with torch.no_grad():
-        (whole,) = answer_losses(model.network, [image], [packed])
-        (same,) = answer_losses(model.network, [image], [packed], [torch.arange(40)])
-        answer_losses(model.network, [image[::2]], [packed], [torch.arange(0, 40, 2)])
-    hook.remove()
-    torch.testing.assert_close(same.losses_A, whole.losses_A)
+    whole, half = (join([packed], [np.arange(0, 40, step)]).position_BL[0].tolist() for step in (1, 2))
     start = len(packed.before)
     everything = list(range(start + 40 + len(packed.after)))
-    half = [*everything[:start], *everything[start : start + 40 : 2], *everything[start + 40 :]]
-    assert positions == [everything, everything, half]
+    assert whole == everything
+    assert half == [*everything[:start], *everything[start : start + 40 : 2], *everything[start + 40 :]]
+
+
+def test_workers_draw_different_images_and_a_later_run_new_ones(tmp_path: Path) -> None:
+    plan = replace(PLANS["cpu"]["see"], batch=2, fresh=2, keep=0)
+    tokenizer = fresh_model().tokenizer
+    stream = batches.batches(plan, tokenizer, first=10, workers=2)
+    drawn = [next(stream) for _ in range(4)]
+    assert [batch.beyond for batch in drawn] == [13, 14, 17, 18]
+    pages = {batch.pixels[0].numpy().tobytes() for batch in drawn}
+    assert len(pages) == len(drawn)
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """With its weights, its optimisers' state, its heads and its clock; on images that it has not seen."""
-    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    plan = replace(PLANS["cpu"]["see"], steps=4, batch=2, fresh=1)
     first = Trainer(tmp_path, plan, device="cpu", workers=0)
     first.train_step()
     first.save()
@@ -128,7 +155,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_under_another_plan_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    plan = replace(PLANS["cpu"]["see"], steps=4, batch=2, fresh=1)
     Trainer(tmp_path, plan, device="cpu", workers=0).save()
     Trainer(tmp_path, plan, device="cpu", workers=0)
     assert "another plan" not in caplog.text
@@ -137,7 +164,7 @@ def test_a_run_that_goes_on_under_another_plan_says_so(tmp_path: Path, caplog: p
 
 
 def test_one_seed_gives_one_training(tmp_path: Path) -> None:
-    plan = replace(PLANS["see"], steps=4, batch=2, fresh=1)
+    plan = replace(PLANS["cpu"]["see"], steps=4, batch=2, fresh=1)
     losses = [Trainer(tmp_path, replace(plan, seed=s), device="cpu", workers=0).train_step() for s in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
@@ -150,7 +177,7 @@ def alike(one: Any, other: Any) -> bool:
 
 def test_a_resumed_run_does_not_go_back_to_an_earlier_stage(tmp_path: Path) -> None:
     assert stages_left(tmp_path) == ["see", "read", "both"]
-    Trainer(tmp_path, replace(PLANS["read"], batch=2, fresh=1), device="cpu", workers=0).save()
+    Trainer(tmp_path, replace(PLANS["cpu"]["read"], batch=2, fresh=1), device="cpu", workers=0).save()
     assert stages_left(tmp_path) == ["read", "both"]
 
 
@@ -165,8 +192,8 @@ def test_one_command_runs_all_stages_and_leaves_a_checkpoint_and_a_plot(tmp_path
 
 
 @pytest.mark.parametrize("stage", ["see", "read", "both"])
-def test_each_stage_changes_what_it_trains_and_nothing_else(stage: str, tmp_path: Path) -> None:
-    plan = replace(PLANS[stage], steps=3, batch=2, fresh=1)
+def test_each_stage_changes_what_it_trains_and_nothing_else(stage: Any, tmp_path: Path) -> None:
+    plan = replace(PLANS["cpu"][stage], steps=3, batch=2, fresh=1)
     trainer = Trainer(tmp_path, plan, device="cpu", workers=0)
     before = {name: weight.clone() for name, weight in trainer.network.state_dict().items()}
     losses = trainer.train_step()
@@ -209,11 +236,11 @@ def test_the_evaluation_decodes_as_the_endpoint_does() -> None:
 def test_the_tower_on_all_patches_is_the_tower(model: LoadedModel) -> None:
     sample = sample_at("train", 2)
     everything = np.arange(len(sample.tiles_THWC) * SIDE * SIDE).reshape(-1, SIDE * SIDE)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        some = sparse.encode(model.network, sparse.patch_pixels(sample, everything), everything)
-        pixels = normalised([sample.tiles_THWC], torch.device("cpu"))
-        whole = model.network.vision_tower(pixels).last_hidden_state[:, 1:]
-    assert (some - whole).abs().mean() < 0.02 * whole.abs().mean()
+    pixels = torch.from_numpy(sparse.patch_pixels(sample, everything))
+    with torch.no_grad():
+        some = sparse.encode(model.network, pixels, torch.from_numpy(everything % sparse.PATCHES))
+        whole = model.network.vision_tower(normalised(torch.from_numpy(sample.tiles_THWC))).last_hidden_state[:, 1:]
+    torch.testing.assert_close(some, whole, atol=1e-3, rtol=1e-3)
 
 
 def test_chosen_patches_are_those_with_a_trace_first() -> None:
@@ -256,7 +283,7 @@ def test_a_rate_close_to_the_true_one_is_nearly_as_good(model: LoadedModel) -> N
     """Each digit's shares are those of the rates that begin so, and the whole answers' shares are a bell curve."""
     diagnosis = replace(draw_ecg(np.random.default_rng(3)).diagnosis, rate=100)
     question = ask("rate", diagnosis, np.random.default_rng(0))
-    packed = pack([question], model.tokenizer)
+    packed = pack([question], model.tokenizer, image_tokens=40)
     said = [(label, shares) for label, shares in zip(packed.labels, packed.shares, strict=True) if shares]
     assert all(sum(shares.values()) == pytest.approx(1) and label in shares for label, shares in said)
     digits = [{model.tokenizer.decode([token]): share for token, share in shares.items()} for _, shares in said]
@@ -291,14 +318,14 @@ def test_the_rates_target_is_the_rate() -> None:
 def test_the_cost_of_shares_is_their_cross_entropy() -> None:
     """Nothing costs less than to expect the shares themselves; with one possible token it is the usual loss."""
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    hard = cross_entropy(logits, [{4: 1.0}, {0: 1.0}, {49: 1.0}])
+    hard = cross_entropy(logits, *padded([{4: 1.0}, {0: 1.0}, {49: 1.0}]))
     torch.testing.assert_close(hard, functional.cross_entropy(logits, torch.tensor([4, 0, 49]), reduction="none"))
     shares = {7: 0.25, 9: 0.75}
     expected = torch.full((1, 50), -30.0)
     expected[0, 7], expected[0, 9] = np.log(0.25), np.log(0.75)
     entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
-    assert float(cross_entropy(expected, [shares])) == pytest.approx(entropy, abs=1e-5)
-    assert float(cross_entropy(expected.roll(1), [shares])) > 5
+    assert float(cross_entropy(expected, *padded([shares]))) == pytest.approx(entropy, abs=1e-5)
+    assert float(cross_entropy(expected.roll(1), *padded([shares]))) > 5
 
 
 def test_the_optimiser_finds_a_minimum() -> None:

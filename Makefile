@@ -16,7 +16,7 @@ demo: .venv/complete ## an ECG image in, an answer about it out: a small trained
 serve: .venv/complete ## our own server on that model, at http://127.0.0.1:8080
 	PULSE_DEVICE=cpu .venv/bin/python serve.py --model demo/checkpoint --ui 1
 
-train-demo: .venv/complete ## train that model anew, into build/demo-training (two hours on two cores; resumes)
+train-demo: .venv/complete ## train that model anew, into build/demo-training (two hours on two cores, minutes on a GPU; resumes)
 	.venv/bin/python -m demo.train build/demo-training
 
 evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real recording, with plots in build/demo-evaluation

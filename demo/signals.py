@@ -7,6 +7,9 @@ y to the feet, z to the back), and the leads follow from the heart vector by the
 therefore consistent: III is II - I, and an inferior elevation shows its reciprocal depression in aVL.
 
 Rhythms, intervals and voltages follow textbook criteria (PR over 200 ms, QRS over 120 ms, Sokolow-Lyon over 3.5 mV).
+What varies between healthy hearts varies as widely here as in Rijnbeek et al. (2014), "Normal values of the
+electrocardiogram for ages 16-90 years", J. Electrocardiol. 47(6): T waves of 0.1 to 1.1 mV in V3 and of either sign in
+V1, an R in V1 and an S in II that may be all but absent.  Electrodes that move disturb the leads that they are part of.
 Values within a hair of a criterion are not drawn, so that every label can be read off the print.
 """
 
@@ -175,11 +178,11 @@ def draw_ecg(rng: np.random.Generator) -> SyntheticEcg:
     vector = waves.sum(times)
     if plan.rhythm == "atrial fibrillation":
         vector += _fibrillation(times, rng)
-    gains = np.exp(rng.normal(0.0, 0.10, 6))
+    gains = np.exp(rng.normal(0.0, 0.14, 6))
     leads = _leads(vector, gains)
     leads = _scaled_to_voltage(leads, plan, beats)
     st_levels = _leads(shape.st_vector[:, None], gains)[:, 0]
-    noisy = leads + _noise(times, rng)
+    noisy = leads + _noise(times, rng) + _moving_electrodes(times, rng)
     recording = Recording({name: noisy[i] for i, name in enumerate(LEADS)}, SAMPLING_RATE)
     inside = (beats >= 0) & (beats < SECONDS)
     shown = tuple(kind for kind, drawn in zip(kinds, inside, strict=True) if drawn)
@@ -206,8 +209,8 @@ def _plan(rng: np.random.Generator) -> _Plan:
         axis_degrees=rng.uniform(low, high),
         pr=rng.uniform(0.225, 0.32) if long_pr else rng.uniform(0.12, 0.185),
         qrs=rng.uniform(0.13, 0.165) if wide else rng.uniform(0.08, 0.105),
-        qtc=rng.uniform(0.38, 0.44),
-        voltage=rng.uniform(3.9, 5.2) if finding == "left ventricular hypertrophy" else rng.uniform(1.5, 3.0),
+        qtc=rng.uniform(0.36, 0.45),
+        voltage=rng.uniform(3.9, 5.2) if finding == "left ventricular hypertrophy" else rng.uniform(1.5, 3.2),
     )
 
 
@@ -296,11 +299,13 @@ class _BeatShape:
         self._plan = plan
         vary = rng.normal(1.0, 0.12, 12)
         angle = math.radians(plan.axis_degrees)
-        self._p = np.array([0.07, 0.13, -0.03]) * rng.uniform(0.7, 1.4)
-        self._septal = np.array([-0.16, -0.04, -0.34]) * vary[:3]
+        self._p = (np.array([0.07, 0.13, -0.02]) + rng.normal(0, (0.015, 0.015, 0.025))) * rng.uniform(0.7, 1.4)
+        septal = (rng.uniform(0.2, 1.2), 1.0, rng.uniform(0.15, 1.25))
+        self._septal = np.array([-0.16, -0.04, -0.34]) * vary[:3] * septal
         self._main = np.array([math.cos(angle), math.sin(angle), 0.42 * vary[3]]) * np.array([1.15, 0.95, 1.0])
-        self._basal = np.array([-0.16, -0.16, 0.40]) * vary[4:7]
-        self._t = np.array([0.30, 0.24, -0.16]) * vary[7:10] * rng.uniform(0.7, 1.3)
+        self._basal = np.array([-0.16, -0.16, 0.40]) * vary[4:7] * (rng.uniform(0.0, 1.2), rng.uniform(0.0, 1.2), 1.0)
+        self._t = np.array([0.30 * vary[7], 0.21 * vary[8], rng.uniform(-0.22, 0.02)]) * rng.uniform(0.6, 2.1)
+        self._t_rise = rng.uniform(0.0, 0.4)
         self._pvc = _random_direction(rng, around=(-0.3, 0.4, -0.6)) * rng.uniform(1.3, 2.0)
         self._spike = rng.uniform(0.3, 1.0) * np.array([0.5, -0.8, 0.3])
         self._dual = bool(rng.integers(2))
@@ -343,7 +348,9 @@ class _BeatShape:
         else:
             self._fast_qrs(waves, at, scale)
             right = self._plan.finding == "right bundle branch block"
-            waves.add(at + t_end - 2.2 * width, width, self._t + (np.array([0.05, 0, 0.32]) if right else 0.0))
+            t = self._t + (np.array([0.05, 0, 0.32]) if right else 0.0)
+            waves.add(at + t_end - 2.2 * width, width, (1 - 0.5 * self._t_rise) * t)
+            waves.add(at + t_end - 3.0 * width, 1.5 * width, self._t_rise * t)  # it rises more slowly than it falls
             self._add_st(waves, at, t_end, width)
 
     def add_p(self, waves: _Waves, at: float, sign: float = 1.0) -> None:
@@ -413,3 +420,17 @@ def _noise(times: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.f
     muscle = rng.uniform(0, 0.022) * rng.standard_normal((count, len(times)))
     mains = rng.uniform(0, 0.012) * (rng.random() < 0.3) * np.sin(2 * math.pi * rng.choice([50.0, 60.0]) * times)
     return np.asarray(wander * rng.uniform(0.3, 1.0, (count, 1)) + muscle + mains[None])
+
+
+def _moving_electrodes(times: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Now and then an electrode's potential jumps for a moment, in every lead that is measured against it."""
+    arms_foot_chest = np.zeros((9, len(times)))
+    if rng.random() < 0.3:
+        for _ in range(rng.integers(1, 4)):
+            at, width = rng.uniform(0, SECONDS), rng.uniform(0.02, 0.12)
+            bump = rng.choice((-1, 1)) * rng.uniform(0.05, 0.30) * np.exp(-0.5 * np.square((times - at) / width))
+            arms_foot_chest[rng.integers(9)] += bump
+    right, left, foot, *chest = arms_foot_chest
+    limb = [left - right, foot - right, foot - left]
+    augmented = [right - (left + foot) / 2, left - (right + foot) / 2, foot - (right + left) / 2]
+    return np.array([*limb, *augmented, *(np.array(chest) - (right + left + foot) / 3)])

@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("report", "rhythm", "rate", "yes/no", "choice", "ST t
 """What can be asked about an ECG."""
 
 NO_IMAGE = "No ECG image came with this question."
-"""In the tokenizer's texts alone: another tokenizer would not fit the weights."""
+"""The answer to a question without an image."""
 FOREIGN_PROMPT = "This prompt does not have the form that the demo model was trained with."
 """The answer under another system sentence: a caller who changes the template is to notice it."""
 UNTRAINED = "The demo model was not trained on this question."

@@ -10,7 +10,8 @@ Rhythms, intervals and voltages follow textbook criteria (PR over 200 ms, QRS ov
 What varies between healthy hearts varies as widely here as in Rijnbeek et al. (2014), "Normal values of the
 electrocardiogram for ages 16-90 years", J. Electrocardiol. 47(6): T waves of 0.1 to 1.1 mV in V3 and of either sign in
 V1, an R in V1 and an S in II that may be all but absent.  Electrodes that move disturb the leads that they are part of.
-Values within a hair of a criterion are not drawn, so that every label can be read off the print.
+Values within a hair of a criterion are not drawn, so that every label can be read off the print.  ST segments are read
+where they begin, at the J point: later a tall T wave lifts them at fast rates, as it does in people.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ def stages_left(folder: Path) -> list[Stage]:
     return stages[stages.index(begun) :] if begun else stages
 
 
+def _usable_cores() -> int:
+    """Those that this process may use, where the system tells, or else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _short(sums: dict[str, float]) -> str:
     return " ".join(f"{name}={value:.3f}" for name, value in sums.items())
 
@@ -95,19 +100,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="end the stage after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, help="processes that draw images; all cores but one beside a GPU")
+    parser.add_argument("--workers", type=int, help="processes that draw images; on a GPU all cores but one, up to 15")
     parser.add_argument("--held-out", type=int, default=96)
     args = parser.parse_args(argv)
+    kind = args.device.partition(":")[0]
+    if kind not in PLANS:
+        parser.error(f"--device {args.device}: there are plans for {' and '.join(PLANS)}.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = ("steps", "batch", "fresh", "lr", "tower_lr", "decay", "keep", "minutes")
     changes = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
-    workers = args.workers
-    if workers is None:
-        workers = 1 if args.device == "cpu" else max(1, (os.cpu_count() or 1) - 1)
+    plans = PLANS[kind]
+    workers = args.workers if args.workers is not None else 1 if kind == "cpu" else max(1, min(15, _usable_cores() - 1))
     held_out = [sample_at("held-out", index) for index in range(args.held_out)]
-    plans = PLANS[torch.device(args.device).type]
     for name in [args.stage] if args.stage else stages_left(args.folder):
         train(args.folder, replace(plans[name], **changes), held_out, device=args.device, workers=workers)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from demo import signals
 from demo.drawing import LAYOUTS, draw_page, draw_style
 from demo.ecg_image import read_recording
 from demo.questions import KINDS, UNTRAINED, ask, ask_anew, correct, key_of
@@ -49,6 +50,31 @@ def test_st_elevation_shows_in_the_leads_of_its_territory(territory, name):
         assert ecg.st_levels[LEADS.index(name)] > 0.1
     for ecg in ecgs(8, lambda d: d.finding == "ST depression" and d.territory == territory):
         assert ecg.st_levels[LEADS.index(name)] < -0.08
+
+
+def test_an_elevated_st_segment_can_be_told_by_its_beginning(monkeypatch):
+    """By 0.1 mV in two leads of a territory, 20 ms after narrow QRS complexes, however tall and fast the T waves."""
+    monkeypatch.setattr(signals, "_noise", lambda times, rng: np.zeros((12, len(times))))
+    monkeypatch.setattr(signals, "_moving_electrodes", lambda times, rng: np.zeros((12, len(times))))
+    territories = (("V1", "V2", "V3", "V4"), ("II", "III", "aVF"), ("I", "aVL", "V5", "V6"))
+
+    def narrow(diagnosis):
+        own = diagnosis.rhythm in ("ventricular paced rhythm", "complete heart block")
+        return not own and "bundle" not in diagnosis.finding and diagnosis.finding != "ST depression"
+
+    def level(ecg, name):
+        half = ecg.diagnosis.qrs_ms / 2000
+        regular = [
+            b for b, kind in zip(ecg.beats, ecg.kinds, strict=True) if kind not in ("PVC", "PAC") and 0.5 < b < 9
+        ]
+        after, before = ([int((b + at) * SAMPLING_RATE) for b in regular] for at in (half + 0.02, -half - 0.01))
+        return np.median(lead(ecg, name)[after] - lead(ecg, name)[before])
+
+    told = []
+    for ecg in ecgs(400, narrow):
+        seconds = [sorted(level(ecg, name) for name in leads)[-2] for leads in territories]
+        told.append((max(seconds) > 0.1) == (ecg.diagnosis.finding == "ST elevation"))
+    assert np.mean(told) > 0.98
 
 
 def test_the_commonest_rhythm_is_at_most_three_tenths():

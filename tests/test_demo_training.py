@@ -104,7 +104,7 @@ def test_some_questions_of_a_training_come_without_their_image(
         assert (losses["rate read"] == 0) == (share == 1)
 
 
-def test_the_rate_that_is_read_counts_by_image_and_not_by_token(tmp_path: Path, model: LoadedModel) -> None:
+def test_the_rate_that_is_read_counts_by_image_and_not_by_token(tmp_path: Path) -> None:
     """Three digits or two, one question about it or four: the tokens' weights of an image sum to one."""
     trainer = Trainer(tmp_path, replace(PLANS["cpu"]["both"], batch=6), device="cpu", workers=0)
     asked = next(trainer._batches).asked
@@ -127,14 +127,51 @@ def test_a_part_of_an_image_keeps_its_places(model: LoadedModel) -> None:
     assert half == [*everything[:start], *everything[start : start + 40 : 2], *everything[start + 40 :]]
 
 
-def test_workers_draw_different_images_and_a_later_run_new_ones(tmp_path: Path) -> None:
+def test_workers_draw_different_images_and_a_later_run_new_ones(model: LoadedModel) -> None:
     plan = replace(PLANS["cpu"]["see"], batch=2, fresh=2, keep=0)
-    tokenizer = fresh_model().tokenizer
-    stream = batches.batches(plan, tokenizer, first=10, workers=2)
+    stream = batches.batches(plan, model.tokenizer, first=10, workers=2)
     drawn = [next(stream) for _ in range(4)]
     assert [batch.beyond for batch in drawn] == [13, 14, 17, 18]
-    pages = {batch.pixels[0].numpy().tobytes() for batch in drawn}
-    assert len(pages) == len(drawn)
+    later = next(batches.batches(plan, model.tokenizer, first=drawn[-1].beyond, workers=0))
+    overviews = [{page.numpy().tobytes() for page in batch.pixels} for batch in (*drawn, later)]
+    assert len(set.union(*overviews)) == sum(map(len, overviews))
+
+
+@pytest.mark.parametrize("stage", ["see", "both"])
+def test_a_part_of_a_batch_is_that_part_of_its_images(
+    stage: Any, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels, the places, the truth and the positions in the prompt of each chosen patch belong together."""
+    monkeypatch.setattr(batches, "_SPARSE_SHARE", 1.0)
+    monkeypatch.setattr(batches, "_FOREIGN_SHARE", 0.0)
+    monkeypatch.setattr(batches, "_NO_IMAGE_SHARE", 0.0)
+    plan = replace(PLANS["cuda"][stage], batch=3, fresh=3)
+    batch = next(batches.batches(plan, model.tokenizer, first=0, workers=0))
+    assert batch.place_TK is not None
+    samples = [sample_at("train", index, plain=index % 4 > 0) for index in range(3)]
+    owners = batch.truth.owner_P.view(len(batch.pixels), -1)
+    leads = batch.truth.lead_P.view(owners.shape)
+    for number, sample in enumerate(samples):
+        [rows] = (owners[:, 0] == number).nonzero(as_tuple=True)
+        count = len(sample.tiles_THWC)
+        tiles = np.arange(count - len(rows), count)  # the overview may be left out
+        chosen = batch.place_TK[rows].numpy() + SIDE * SIDE * tiles[:, None]
+        assert (batch.pixels[rows].numpy() == sparse.patch_pixels(sample, chosen)).all()
+        assert (leads[rows].numpy() == sample.patches.lead_TSS.ravel()[chosen]).all()
+        if batch.asked:
+            sequences = batch.asked.sequences
+            source = sequences.source_BL[number] - len(sequences.text_N)
+            seen = (source >= 0) & (source < owners.numel())
+            positions = sequences.position_BL[number][seen]
+            assert (owners.ravel()[source[seen]] == number).all()
+            assert (positions - positions[0] == torch.from_numpy(chosen.ravel() - chosen[0, 0])).all()
+
+
+def test_a_device_without_a_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "run"), "--device", "meta"])
+    assert "cpu and cuda" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -191,9 +228,10 @@ def test_one_command_runs_all_stages_and_leaves_a_checkpoint_and_a_plot(tmp_path
         assert plot.width > 300
 
 
+@pytest.mark.parametrize("device", PLANS)
 @pytest.mark.parametrize("stage", ["see", "read", "both"])
-def test_each_stage_changes_what_it_trains_and_nothing_else(stage: Any, tmp_path: Path) -> None:
-    plan = replace(PLANS["cpu"][stage], steps=3, batch=2, fresh=1)
+def test_each_stage_changes_what_it_trains_and_nothing_else(stage: Any, device: str, tmp_path: Path) -> None:
+    plan = replace(PLANS[device][stage], steps=3, batch=2, fresh=1)
     trainer = Trainer(tmp_path, plan, device="cpu", workers=0)
     before = {name: weight.clone() for name, weight in trainer.network.state_dict().items()}
     losses = trainer.train_step()

@@ -161,7 +161,7 @@ class _Maker:
             # In the first stage above all patches with a beat, where alone some targets exist.
             rows = [sparse.choose(sample, self._rng, plan.keep, beats_first=plan.stage == "see") for sample in samples]
             places = [row.ravel() for row in rows]
-            starts = np.cumsum([0, *[_patches(sample) for sample in samples[:-1]]])
+            starts = np.cumsum([0, *[sample.patch_count for sample in samples[:-1]]])
             chosen = np.concatenate([at + start for at, start in zip(places, starts, strict=True)])
             parts = [sparse.patch_pixels(sample, row) for sample, row in zip(samples, rows, strict=True)]
             truth, place_TK = (
@@ -169,7 +169,7 @@ class _Maker:
                 torch.from_numpy(np.concatenate(rows) % sparse.PATCHES),
             )
         else:
-            places = [np.arange(_patches(sample)) for sample in samples]
+            places = [np.arange(sample.patch_count) for sample in samples]
             parts, place_TK = [sample.tiles_THWC for sample in samples], None
         pixels = torch.from_numpy(np.concatenate(parts))
         asked = None if plan.stage == "see" else self._asked(samples, places)
@@ -185,7 +185,7 @@ class _Maker:
         packs = []
         for sample in samples:
             questions = [ask(kind, sample.diagnosis, self._rng) for kind in _QUESTIONS]
-            system, image_tokens = LLAVA_V1_SYSTEM, _patches(sample)
+            system, image_tokens = LLAVA_V1_SYSTEM, sample.patch_count
             lot = self._random.random()
             if lot < _FOREIGN_SHARE:
                 questions = [_instead(question, FOREIGN_PROMPT) for question in questions[:3]]
@@ -220,7 +220,3 @@ def _named(asked: Sequence[Sequence[Question]], samples: Sequence[Sample], seque
 
 def _instead(question: Question, answer: str) -> Question:
     return Question(question.kind, question.text, answer, "")
-
-
-def _patches(sample: Sample) -> int:
-    return int(sample.patches.lead_TSS.size)

@@ -56,6 +56,11 @@ class Sample:
     def diagnosis(self) -> Diagnosis:
         return self.ecg.diagnosis
 
+    @property
+    def patch_count(self) -> int:
+        """Of all its tiles together: as many image tokens as it has in a prompt."""
+        return int(self.patches.lead_TSS.size)
+
 
 def image_at(split: Split, index: int) -> tuple[Image.Image, SyntheticEcg]:
     """The image of a sample, before tiling."""

@@ -126,12 +126,13 @@ class Trainer:
                 group["lr"] = group["peak"] * _schedule(self.step, self.progress, plan)
         batch = next(self._batches)
         losses = self.losses(batch.to(self.model.device))
-        torch.stack([*losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        stacked = torch.stack([*losses.values()])
+        stacked.sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters.values(), 2.0)
         for optimiser in self._optimisers:
             optimiser.step()
             optimiser.zero_grad()
-        said = torch.stack([*losses.values()]).tolist()
+        said = stacked.tolist()
         self.first, self.step = max(self.first, batch.beyond), self.step + 1
         self.seconds += time.perf_counter() - since
         return dict(zip(losses, said, strict=True))
@@ -186,7 +187,7 @@ class Trainer:
         return torch.from_numpy(np.concatenate([sample.tiles_THWC for sample in samples])).to(self.model.device)
 
     def _answer_scores(self, samples: Sequence[Sample], features: Tensor) -> dict[str, float]:
-        sizes = [sample.patches.lead_TSS.size for sample in samples]
+        sizes = [sample.patch_count for sample in samples]
         packs = []
         for sample, size in zip(samples, sizes, strict=True):
             rng = np.random.default_rng(sample.index)

@@ -228,11 +228,11 @@ def test_one_command_runs_all_stages_and_leaves_a_checkpoint_and_a_plot(tmp_path
         assert plot.width > 300
 
 
-@pytest.mark.parametrize("device", PLANS)
+@pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("stage", ["see", "read", "both"])
-def test_each_stage_changes_what_it_trains_and_nothing_else(stage: Any, device: str, tmp_path: Path) -> None:
-    plan = replace(PLANS[device][stage], steps=3, batch=2, fresh=1)
-    trainer = Trainer(tmp_path, plan, device="cpu", workers=0)
+def test_each_stage_changes_what_it_trains_and_nothing_else(stage: Any, kind: str, tmp_path: Path) -> None:
+    plan = replace(PLANS[kind][stage], steps=3, batch=2, fresh=1)
+    trainer = Trainer(tmp_path, plan, device=kind if torch.cuda.is_available() else "cpu", workers=0)
     before = {name: weight.clone() for name, weight in trainer.network.state_dict().items()}
     losses = trainer.train_step()
     assert all(np.isfinite(loss) for loss in losses.values())

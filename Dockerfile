@@ -41,7 +41,8 @@ EXPOSE 8080
 
 # 503 while the model loads, which takes minutes where the weights are downloaded first.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['PULSE_PORT'] + '/health')"]
+    CMD ["python", "-c", "import os, urllib.request as r; \
+        r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['PULSE_PORT'] + '/health')"]
 
 # In exec form the server is process 1 and gets the signal itself: it answers what it has accepted, then ends.
 STOPSIGNAL SIGTERM

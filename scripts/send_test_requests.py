@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import http.client
+import ipaddress
 import json
 import mimetypes
 import os
@@ -135,7 +136,22 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-_open = urllib.request.build_opener(_NoRedirects).open
+class _Proxies(urllib.request.ProxyHandler):
+    """The environment's proxies, but a server on this machine is asked without one: a proxy could not reach it."""
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
+        return None if _is_loopback(req.full_url) else super().proxy_open(req, proxy, type)
+
+
+def _is_loopback(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_open = urllib.request.build_opener(_NoRedirects, _Proxies).open
 
 
 def post(url: str, body: bytes, *, content_type: str, token: str | None, timeout_s: float) -> tuple[int, Json]:

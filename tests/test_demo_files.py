@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 
+from demo import __main__ as make_demo
 from demo.build_checkpoint import MODEL_NAME, build_checkpoint
 from demo.ecg_image import LAYOUTS, Page, Recording, read_recording, render
 from demo.random_weights import TOKENIZER_PIECES, CheckpointShape
+from tests.servers import Exchange, ImageHost, answer
 
 TINY = CheckpointShape(
     layers=2, hidden=32, heads=4, kv_heads=2, intermediate=48, vision_layers=2, vision_hidden=16, vision_heads=2
@@ -282,3 +289,26 @@ def test_a_shape_that_cannot_be_built_is_refused(sizes: dict[str, int]) -> None:
 def test_at_least_one_shard_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         build_checkpoint(tmp_path, shape=TINY, shards=0)
+
+
+# --- what `make demo` asks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_no_proxy_stands_between_the_demo_and_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROOT": tmp_path, "BUILD": tmp_path, "START_S": 2}.items():
+        monkeypatch.setattr(make_demo, name, value)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urlopen's, made before the variable was set
+
+    def record(exchange: Exchange) -> None:
+        exchange.sock.recv(65_536)  # the request's body: unread, it would reset the connection
+        answer(b'[{"generated_text": "Sinus rhythm."}]')(exchange)
+
+    with closing(ImageHost({"/": record, "/health": answer(b"{}")})) as server:
+        address = server.url("")
+        with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+            make_demo.wait_until_it_answers(process, address)
+        assert make_demo.ask(address, "asked", "Rhythm?", "data:,")["generated_text"] == "Sinus rhythm."

@@ -55,7 +55,7 @@ NOT_RUN = (
     "make ",
     "git ",
     "docker ",
-    "python serve.py ",
+    ".venv/bin/python serve.py ",
     "python3.11 -m venv ",
     "export ",
     ".venv/bin/hf ",
@@ -376,7 +376,8 @@ def test_costs_are_hours_times_price(half: str, point: str) -> None:
 
 def test_the_guides_halves_say_the_same() -> None:
     """As far as a machine can tell: the same commands, the same rows, the same names."""
-    assert blocks("bash", ENGLISH) == blocks("bash", TURKISH)
+    for language in ("bash", "yaml"):
+        assert blocks(language, ENGLISH) == blocks(language, TURKISH)
     for sign in (r"^## \d", r"^\|", r"^\d\. ", r"^- "):
         counts = [len(re.findall(sign, half, re.MULTILINE)) for half in (ENGLISH, TURKISH)]
         assert counts[0] == counts[1], sign
@@ -385,6 +386,14 @@ def test_the_guides_halves_say_the_same() -> None:
         for half in (ENGLISH, TURKISH)
     ]
     assert names[0] == names[1]
+
+
+def test_prometheus_is_sent_to_the_ports_of_the_guides_replicas() -> None:
+    [block] = blocks("yaml", ENGLISH)
+    [job] = yaml.safe_load(block)["scrape_configs"]
+    assert job.keys() == {"job_name", "authorization", "static_configs"}  # its path is /metrics where none is named
+    ports = re.findall(r"serve\.py --model weights --port (\d+) --drain-delay", ENGLISH)
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
 
 
 def test_front_matter_is_the_hubs() -> None:

@@ -30,8 +30,9 @@ def test_the_guide_shows_the_configuration_that_is_rehearsed() -> None:
 
 def test_the_proxy_waits_longer_than_the_server_and_notices_sooner_than_it_refuses() -> None:
     text = CONFIG.read_text("utf-8")
-    [server_s] = map(int, re.findall(r"timeout server (\d+)s", text))
-    assert server_s > ServerSettings().request_timeout
+    waits_s = list(map(int, re.findall(r"timeout (?:client|server) (\d+)s", text)))
+    assert len(waits_s) == 2
+    assert min(waits_s) > ServerSettings().request_timeout
     [(inter_s, fast_ms, fall)] = re.findall(r"inter (\d+)s fastinter (\d+)ms fall (\d)", text)
     noticed_s = int(inter_s) + (int(fall) - 1) * int(fast_ms) / 1000
     assert noticed_s < min(DRAIN_DELAY_S, SETTLE_S)

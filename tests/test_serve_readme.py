@@ -77,8 +77,8 @@ def test_python_examples_run(
 
 def test_the_command_that_starts_it_has_flags_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "PULSE-7B").mkdir()
-    [start] = [block for block in blocks("bash", OUR_SERVER) if block.startswith("python serve.py ")]
+    (tmp_path / "weights").mkdir()
+    [start] = [block for block in blocks("bash", OUR_SERVER) if block.startswith(".venv/bin/python serve.py ")]
     settings = ServerSettings.read(shlex.split(start)[2:], {})
     assert (settings.host, settings.port) == ("127.0.0.1", 8080), "whoever opens it to others does so knowingly"
     makefile = (Path(__file__).parents[1] / "Makefile").read_text("utf-8")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -173,6 +177,27 @@ def test_the_script_reports_and_exits(
     assert "FAIL  text" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         sender.main([*arguments, "--only", "nothing"])
+
+
+def test_no_proxy_stands_between_the_script_and_this_machine(server: EndpointServer, image: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    command = [sys.executable, sender.__file__, server.url, "--image", str(image), "--only", "text", "--wait", "5"]
+    environ = kept | {"http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "not up yet" in done.stdout) == (0, False), done.stdout
+
+
+@pytest.mark.parametrize("host", ["example.org", "10.0.0.1", "localhost.example.org"])
+def test_elsewhere_the_proxy_is_asked(host: str) -> None:
+    with closing(ImageHost({"*": answer(b"{}")})) as proxy:
+        opener = urllib.request.build_opener(sender._Proxies({"http": proxy.url()}))
+        opener.open(f"http://{host}/health", timeout=5).close()
+        assert proxy.requests[0].startswith(f"GET http://{host}/health ")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3:8080", "[::1]:8080"])
+def test_this_machine_is_known_by_its_names(host: str) -> None:
+    assert sender._is_loopback(f"http://{host}/")
 
 
 def test_no_answer_is_a_failure(image: Path, capsys: pytest.CaptureFixture[str]) -> None:

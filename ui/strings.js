@@ -173,7 +173,7 @@ export const STRINGS = {
     "image.alt": "Seçilen EKG görüntüsü",
     "image.noPreview": "Tarayıcı bu {kind} dosyasını önizleyemiyor. Dosya olduğu gibi gönderilir.",
     "image.tooLarge":
-      "Bu dosya {size} MB; sunucu en çok 20 MB kabul eder. Görüntüyü EKG çizimine göre kırpın. Burada küçültülmez, çünkü bu yanıtı değiştirirdi.",
+      "Bu dosya {size} MB; sunucu en çok 20 MB kabul eder. Görüntüyü yalnızca EKG trasesi kalacak biçimde kırpın. Burada küçültülmez, çünkü bu yanıtı değiştirirdi.",
     "image.unknown": "Bu, kabul edilen görüntü dosyalarından biri değil: JPEG, PNG, WebP, GIF, BMP veya TIFF.",
     "image.unreadable": "Dosya okunamadı. Yeniden seçin.",
 
@@ -188,7 +188,7 @@ export const STRINGS = {
     "question.placeholder": "Please write a clinical report based on this ECG image.",
     "question.followUp": "Devamında bir soru daha sorun",
     "question.keys": "Ctrl + Enter gönderir.",
-    "question.hint": "Model İngilizce eğitilmiştir; soruyu İngilizce sorun.",
+    "question.hint": "Model İngilizce verilerle eğitilmiştir; soruyu İngilizce sorun.",
     "question.missing": "Bir soru yazın veya bir görüntü seçin.",
     "question.ask": "Sor",
     "question.stop": "Durdur",
@@ -198,12 +198,12 @@ export const STRINGS = {
     "examples.theme": "Konu",
     "examples.rhythm": "Ritim",
     "examples.st": "ST segmenti",
-    "examples.conduction": "İleti",
+    "examples.conduction": "İletim",
     "examples.electrolytes": "Elektrolitler",
     "examples.differential": "Ayırıcı tanı",
 
     "parameters.title": "Parametreler",
-    "parameters.maxNewTokens": "Yanıttaki en çok token",
+    "parameters.maxNewTokens": "Yanıttaki en fazla token sayısı",
     "parameters.temperature": "Sıcaklık (temperature)",
     "parameters.seed": "Rastgelelik tohumu (seed)",
     "parameters.seed.random": "rastgele",
@@ -241,7 +241,7 @@ export const STRINGS = {
     "status.done": "Bitti.",
     "status.stopped": "Durduruldu.",
     "status.failed": "Tam bir yanıt alınamadı.",
-    "status.image": "Gönderilmedi: görüntünün altındaki nota bakın.",
+    "status.image": "Gönderilmedi: görüntü bölümündeki nota bakın.",
 
     "commentary.title": "Türkçe açıklama",
     "commentary.waiting": "İngilizce yanıttan sonra gelir.",

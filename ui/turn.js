@@ -2,6 +2,7 @@
 
 import { say, sayPlain, translate } from "./i18n.js";
 
+const HUNDREDTHS = { minimumFractionDigits: 2, maximumFractionDigits: 2 };
 const COUNTS = ["prompt_tokens", "image_tokens", "generated_tokens", "seed", "engine", "model_revision"];
 
 export class Turn {
@@ -178,7 +179,7 @@ function row(key, value, longest) {
   say(name, key);
   if (longest === undefined) figure.textContent = value ?? "–";
   else {
-    figure.textContent = value === null ? "–" : value.toFixed(2);
+    figure.textContent = value === null ? "–" : value.toLocaleString(document.documentElement.lang, HUNDREDTHS);
     bar.appendChild(document.createElement("i")).style.width = `${(100 * value) / longest}%`;
   }
   return line;

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.sync_api import expect
 
-from tests.ui.visit import COMMENTED, QUESTION, WHOLE, Visit, gate
+from tests.ui.visit import COMMENTED, QUESTION, WHOLE, Visit, Visiting, gate
 from tests.ui_server import UiServer, answered_by, details, events_of, record, refused, streamed
 
 if TYPE_CHECKING:
@@ -65,6 +65,16 @@ def test_figures_are_those_of_the_server_and_the_browsers_own(visit: Visit) -> N
     assert figures["Prompt tokens"] == "2934"
     assert figures["Seed"] == "7"
     assert 0 <= float(figures["Until the first text"]) <= float(figures["Until the end"]) < 15
+
+
+def test_figures_are_written_as_the_language_writes_them(visiting: Visiting) -> None:
+    page = visiting(locale="tr-TR").page
+    page.locator("#question").fill(QUESTION)
+    page.locator("#ask").click()
+    turn = page.locator(".turn")
+    expect(turn.locator(".facts")).to_be_visible()
+    turn.locator(".facts summary").click()
+    expect(turn.locator(".facts tr", has_text="Görüntü kodlayıcı")).to_contain_text("0,25")
 
 
 def test_a_server_that_measures_more_is_shown_too(visit: Visit, server: UiServer) -> None:

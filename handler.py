@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from pulse_ecg.errors import PulseError, RequestCancelledError, place_of  # noqa
 from pulse_ecg.fetch import FetchPolicy  # noqa: E402
 from pulse_ecg.params import GenerationParams, load_defaults  # noqa: E402
 from pulse_ecg.request import parse_input, split_inputs  # noqa: E402
-from pulse_ecg.stock_container import admit_requests  # noqa: E402
+from pulse_ecg.stock_container import admit_requests, end_process  # noqa: E402
 from utils import (  # noqa: E402
     Commentary,
     DeepSeekClient,
@@ -81,12 +81,12 @@ class EndpointHandler:
         self._analyzer = EcgAnalyzer(model, policy, engine=engine)
         self._commentary = _commentary_client(self._settings)
         self._admission = Admission(self._settings.max_concurrent_requests, self._settings.max_queued_requests)
-        # An input that is worked on may hold an image of 20 MB: the items of all batches hold no more than single ones.
-        self._in_work = Admission(self._settings.max_concurrent_requests + self._settings.max_queued_requests, 0)
+        # An image may have 20 MB: the items of all batches hold no more of them than single requests may.
+        self._with_images = Admission(self._settings.max_concurrent_requests + self._settings.max_queued_requests, 0)
         self.monitor = PerformanceMonitor(gpu_memory=model.device_memory)
         self.monitor.watch_queue(lambda: self._admission.waiting)
         self._analyzer.warm_up()
-        admit_requests(self._settings.max_concurrent_requests)
+        self._in_stock_container = admit_requests(self._settings.max_concurrent_requests)
         logger.info("Ready after %.1f s.", time.perf_counter() - started)
 
     @property
@@ -114,7 +114,11 @@ class EndpointHandler:
         Args:
             data: ``{"inputs": …, "parameters": {…}}`` with the forms and parameters that README.md lists.
         """
-        return [outcome.record for outcome in self.respond(data)]
+        records = [outcome.record for outcome in self.respond(data)]
+        if self._in_stock_container and not self.alive:
+            self._in_stock_container = False  # once
+            end_process()
+        return records
 
     def respond(self, data: Any, call: Call | None = None) -> list[Outcome]:
         """The same for a host that has HTTP statuses, shows answers as they grow, or may hang up: see :class:`Call`.
@@ -144,11 +148,13 @@ class EndpointHandler:
     def _answer(self, attempt: _Attempt) -> None:
         """Parse, prepare, wait for a place, generate."""
         call, report = attempt.call, attempt.report
-        with _boundary(attempt), self._in_work.place(cancel=call.cancel, deadline=call.deadline):
-            report.timings_s["queue"] = time.perf_counter() - attempt.arrived
+        with _boundary(attempt), ExitStack() as held:
             request = parse_input(attempt.item, attempt.params)
             report.form, report.image_source = request.form, request.image.kind if request.image else "none"
-            prepared = self._analyzer.prepare(request)
+            if request.image:
+                held.enter_context(self._with_images.place(cancel=call.cancel, deadline=call.deadline))
+            report.timings_s["queue"] = time.perf_counter() - attempt.arrived
+            prepared = self._analyzer.prepare(request, cancel=call.cancel, deadline=call.deadline)
             report.image_bytes = prepared.image_bytes
             call.listen(Started(self.model_name))
             with self._place(attempt):
@@ -286,9 +292,12 @@ def _side_by_side(work: Callable[[_Attempt], None], attempts: Sequence[_Attempt]
     if len(attempts) == 1:
         work(attempts[0])
         return
-    with ThreadPoolExecutor(min(len(attempts), at_once)) as threads:
-        for _ in threads.map(work, attempts):
-            pass
+    with suppress(RuntimeError), ThreadPoolExecutor(min(len(attempts), at_once)) as threads:
+        for attempt in attempts:
+            threads.submit(work, attempt)
+    for attempt in attempts:  # the system had no thread for them
+        if attempt.analysis is None and attempt.error is None:
+            work(attempt)
 
 
 def _note(report: RequestReport, analysis: Analysis) -> None:

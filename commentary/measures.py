@@ -151,7 +151,7 @@ def leads(text: str) -> frozenset[str]:
 
 
 def _name(atom: str) -> str:
-    atom = atom.replace(" ", "")
+    atom = re.sub(r"\s", "", atom)
     if atom[0] in "aA":
         return "aV" + atom[2].upper()
     return atom if atom[0] == "V" else _ROMANS[atom.removeprefix("D")]

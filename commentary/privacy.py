@@ -12,7 +12,7 @@ from functools import cache
 from commentary.glossary import glossary
 from commentary.text import word_set
 
-_WORD = r"(?![PQRSTUJ][ -](?i:waves?|points?|segments?)\b)[A-ZÇĞİÖŞÜ](?:\.|[\w'’-]*)"  # "T wave" is nobody
+_WORD = r"(?![PQRSTUJ][ -](?i:waves?|points?|segments?)\b)[A-ZÇĞİÖŞÜ](?:\.|[\w'’-]{0,40})"  # "T wave" is nobody
 _GAP = r"[ \t]+"
 _NAME = rf"{_WORD}(?:,?{_GAP}{_WORD}){{0,3}}"
 _LABEL = (
@@ -20,7 +20,7 @@ _LABEL = (
     r"|hasta(?:n[ıi]n)?(?:\s+ad[ıi](?:\s+soyad[ıi])?)?|ad[ıi]?(?:[\s-]+soyad[ıi]?)|isim|physician|doctor|referred\s+by|technician)"
 )
 _LABELLED_NAME = re.compile(
-    rf"(?i:\b({_LABEL}\s*(?:[:=]|\bis\b|-)\s*\**\s*))((?i:(?:mr|mrs|ms|miss|dr|prof)\.?\s+)?{_NAME})"
+    rf"(?i:\b({_LABEL}\s*+(?:[:=]|\bis\b|-)\s*+\**+\s*+))((?i:(?:mr|mrs|ms|miss|dr|prof)\.?\s+)?{_NAME})"
 )
 _TITLED_NAME = re.compile(
     rf"\b((?:Mr|Mrs|Ms|Miss|Dr|DR|Prof|PROF|Sn|Sayın|SAYIN)\.?{_GAP})({_NAME})"
@@ -28,7 +28,7 @@ _TITLED_NAME = re.compile(
 )
 _NAMED_PATIENT = re.compile(rf"\b([Pp]atient,?{_GAP})({_WORD}{_GAP}{_NAME})")
 _LOWER_CASE_NAME = re.compile(
-    r"(?i:\b((?:name|ad[ıi]|soyad[ıi])\s*[:=]\s*\**\s*))([^\W\d_][\w'’-]+(?:,?[ \t]+[^\W\d_][\w'’-]+)?)"
+    r"(?i:\b((?:name|ad[ıi]|soyad[ıi])\s*+[:=]\s*+\**+\s*+))([^\W\d_][\w'’-]+(?:,?[ \t]+[^\W\d_][\w'’-]+)?)"
 )
 _SIGNED_NAME = re.compile(
     rf"(?i:\b((?:confirmed|interpreted|reviewed|reported|requested|ordered|signed)\s+by[: \t]+))({_WORD}{_GAP}{_NAME})"
@@ -42,14 +42,15 @@ _BORN = (
     r"(?:d\.?o\.?b\.?|date\s+of\s+birth|birth\s*date|birthday|born(?:\s+(?:on|in))?"
     r"|do[ğg]um\s+(?:tarihi|y[ıi]l[ıi])|d\.\s?tarihi)"
 )
+_NO = r"no(?=\s*+(?:[.:=#]|\d{3}))"  # "in this patient no 2nd degree block" has no number
 _RECORD = (
-    r"(?:mrn|medical\s+record(?:\s+(?:number|no))?|record\s*(?:number|no|id|#)|patient\s*(?:id|number|no|#)"
-    r"|hospital\s*(?:number|no|id)|accession(?:\s*(?:number|no))?"
-    r"|(?:file|visit|case|order|study|exam|account)\s*(?:id|number|no)|id(?=\s*[:=#])"
+    rf"(?:mrn|medical\s+record(?:\s+(?:number|{_NO}))?|accession(?:\s*(?:number|{_NO}))?"
+    rf"|(?:record|patient|hospital|file|visit|case|order|study|exam|account)\s*(?:id|number|#|{_NO})|id(?=\s*[:=#])"
     r"|protokol(?:\s*(?:no|numaras[ıi]))?|(?:dosya|kay[ıi]t|ar[şs]iv)\s*(?:no|numaras[ıi])|hasta\s*no|tckn|national\s+id"
     r"|(?:t\.?c\.?\s*)?kimlik\s*(?:no|numaras[ıi])|identity\s+(?:number|no)|ssn|passport(?:\s*(?:number|no))?)"
 )
 _FILE_ENDINGS = "jpe?g|png|gif|bmp|webp|tiff?|pdf|dcm|dicom|xml|hea|dat|csv"
+# Possessive: where several could share out a run of white space, a search would try every way to do it.
 _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:https?|ftp|s3|file)://\S+|\bwww\.\S+", re.I), "[ADRES]"),
     (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"), "[E-POSTA]"),
@@ -57,11 +58,16 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<![\d.,])[1-9]\d{10}(?!\d|[.,]\d)"), "[KİMLİK NO]"),
     (re.compile(r"(?<![\d.,])[1-9]\d{2}[ -]\d{3}[ -]\d{3}[ -]\d{2}(?!\d)"), "[KİMLİK NO]"),
     (
-        re.compile(rf"(?i:(\b{_BORN}\s*\.?\s*(?:\([^()\n]{{1,20}}\)\s*)?[:=-]?\s*(?:is\s+)?\**\s*))(?i:{_DATE})"),
+        re.compile(
+            rf"(?i:(\b{_BORN}\s*+\.?\s*+(?:\([^()\n]{{1,20}}\)\s*+)?[:=-]?\s*+(?:is\s++)?\**+\s*+))(?i:{_DATE})"
+        ),
         r"\1[DOĞUM TARİHİ]",
     ),
-    (re.compile(rf"(?i:(\b{_RECORD}\s*\.?\s*[:=#]{{0,2}}\s*(?:is\s+)?\**\s*))(?=[\w/-]*\d)[\w/-]+"), r"\1[KAYIT NO]"),
-    (re.compile(r"(?<![\w.,])(?:\+\d{1,3}[ -]?)?\(?0?[1-9]\d{2}\)?[ -]?\d{3}[ -]?\d{2}[ -]?\d{2}(?!\d)"), "[TELEFON]"),
+    (
+        re.compile(rf"(?i:(\b{_RECORD}\s*+\.?\s*+[:=#]{{0,2}}+\s*+(?:is\s++)?\**+\s*+))(?=[\w/-]*\d)[\w/-]+"),
+        r"\1[KAYIT NO]",
+    ),
+    (re.compile(r"(?<![\w.,])(?:\+\d{1,3}[ -]?)?\(?0?[2-58]\d{2}\)?[ -]?\d{3}[ -]?\d{2}[ -]?\d{2}(?!\d)"), "[TELEFON]"),
 )
 _LAY = word_set(
     "male female man woman the a an normal abnormal sinus rhythm ecg ekg rate acute old none not unknown with and"

@@ -5,6 +5,7 @@ Only the (masked) English answer goes in: this module is given nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -46,7 +47,7 @@ def messages(english: str, findings: Sequence[Finding] = ()) -> list[dict[str, s
     """Chat messages for one answer; ``findings`` of a first attempt are named, so that the second avoids them."""
     said = dict.fromkeys(match.key for match in english_terms().find(tokens(plain(english))))
     entries = "\n".join(_line(glossary()[name]) for name in said) or "(bu rapor için özel terim yok)"
-    report = english.replace(_OPEN, "").replace(_CLOSE, "").strip()
+    report = re.sub(r"<{2,}|>{2,}", " ", english).strip()  # no bracket, nor what would become one
     question = f"{_OPEN}\n{report}\n{_CLOSE}"
     if findings:
         lines = (f"- {_FAULTS.get(f.rule, f.rule)}: {f.detail}" for f in findings if f.severity == "critical")

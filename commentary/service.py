@@ -62,20 +62,22 @@ class ChatService:
             await asyncio.sleep(wait_s)
 
     async def _ask_once(self, messages: list[dict[str, str]]) -> Reply:
+        options = self._options
         while True:
-            options = dict(self._options)
             try:
                 async with self._completions.with_streaming_response.create(
                     model=self._model,
                     messages=messages,  # type: ignore[arg-type]  # plain dicts of role and content
-                    extra_body=options,
+                    extra_body=dict(options),
                 ) as response:
-                    return _reply(await response.read(), self._model)
+                    body = await response.read()
+                self._options = options  # only now is it sure that those left out were the reason
+                return _reply(body, self._model)
             except openai.APIStatusError as error:
                 rejected = _rejected_options(error, options)
                 if not rejected:
                     raise _status_error(error.response) from None
-                self._options = {name: value for name, value in options.items() if name not in rejected}
+                options = {name: value for name, value in options.items() if name not in rejected}
             except (openai.APIConnectionError, httpx.TransportError, BodyRefusedError) as error:
                 if isinstance(error, BodyRefusedError) or isinstance(error.__cause__, BodyRefusedError):
                     raise ServiceError("The commentary service sent more than an answer can hold.") from None

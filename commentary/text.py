@@ -43,10 +43,14 @@ def fold(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Composed letters, no mark-up, no list numbers, one kind of dash and space, "V1-4" as "V1-V4"."""
-    text = unicodedata.normalize("NFC", text).replace("\u00a0", " ").replace("\u202f", " ")
-    text = re.sub(r"[‐‑‒–—−]", "-", re.sub(r"[*#`_>|]+", " ", text))
-    text = _INLINE_ENUMERATOR.sub("", re.sub(r"[ \t]+", " ", _ENUMERATOR.sub("", text)))
+    """Composed letters, no mark-up, no list numbers, one kind of dash and space, "V1-4" as "V1-V4".
+
+    No white space or punctuation is left in long runs, over which searches would take the square of their length.
+    """
+    text = re.sub(r"[*#`_>|]+", " ", unicodedata.normalize("NFC", text))
+    text = re.sub(r"(?: ?\n)+ ?", "\n", re.sub(r"[^\S\n]+", " ", text))
+    text = re.sub(r"([.!?…])[.!?…]{2,}", r"\1", re.sub(r"[‐‑‒–—−]", "-", text))
+    text = _INLINE_ENUMERATOR.sub("", re.sub(" +", " ", _ENUMERATOR.sub("", text)))
     return re.sub(r"\bV([1-9]) ?- ?([1-9])\b", r"V\1-V\2", text)
 
 

@@ -7,11 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from threading import BoundedSemaphore, Event
+from functools import partial
+from threading import Event
 
 from PIL import Image
 
+from pulse_ecg.admission import Admission
 from pulse_ecg.anyres import merge_order, tile_image
+from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.checkpoint import LoadedModel
 from pulse_ecg.engine.scheduler import TransformersEngine
 from pulse_ecg.fetch import FetchPolicy
@@ -57,7 +60,7 @@ class EcgAnalyzer:
         self._policy = policy
         self._generator = TextGenerator(engine or TransformersEngine(model), model.config, model.tokenizer)
         # Decoding the largest image takes several hundred megabytes: not more of them at once than there are cores.
-        self._decoding = BoundedSemaphore(min(MAX_DECODING, os.cpu_count() or 1))
+        self._decoding = Admission(min(MAX_DECODING, os.cpu_count() or 1), 0)
 
     @property
     def engine_alive(self) -> bool:
@@ -77,15 +80,21 @@ class EcgAnalyzer:
         blank = Image.new("RGB", (2 * self.model.config.preprocessing.tile_size,) * 2)
         self.analyze(parse_input(blank if self.model.device.type == "cuda" else DEFAULT_QUESTION, params))
 
-    def prepare(self, request: AnalysisRequest) -> PreparedRequest:
+    def prepare(
+        self, request: AnalysisRequest, *, cancel: Cancellation | None = None, deadline: float | None = None
+    ) -> PreparedRequest:
         """Fetch and decode the image, cut it into tiles and encode the prompt.  Needs no device; threads may overlap.
 
         Raises:
             ImageError: the image cannot be had; nothing is generated then.
             PromptTooLongError: prompt and image leave no room for an answer.
+            RequestCancelledError: ``cancel`` was set before the image was decoded.
+            DeadlineExceededError: a reading of ``time.monotonic()`` passed before its decoding began.
         """
         timings: dict[str, float] = {}
-        image, size = self._image_prompt(request.image, timings) if request.image is not None else (None, 0)
+        image, size = None, 0
+        if request.image is not None:
+            image, size = self._image_prompt(request.image, timings, cancel, deadline)
         ids = prompt_ids(
             request.conversation,
             with_image=image is not None,
@@ -125,7 +134,9 @@ class EcgAnalyzer:
         """:meth:`prepare` and :meth:`answer` in one."""
         return self.answer(self.prepare(request), cancel=cancel)
 
-    def _image_prompt(self, source: ImageSource, timings: dict[str, float]) -> tuple[ImagePrompt, int]:
+    def _image_prompt(
+        self, source: ImageSource, timings: dict[str, float], cancel: Cancellation | None, deadline: float | None
+    ) -> tuple[ImagePrompt, int]:
         """The image as the model takes it, and the size of its file in bytes (0 for an image object).
 
         A file that was asked about lately is neither decoded nor tiled again; its URL is fetched all the same, since
@@ -133,20 +144,21 @@ class EcgAnalyzer:
         """
         lap = _Lap(timings)
         image: Image.Image | None = None
+        decoding = partial(self._decoding.place, cancel=cancel, deadline=deadline)
         if isinstance(source, DecodedImage):
             data = b""
             lap("image_fetch")
-            with self._decoding:
+            with decoding():
                 image = load_image(source, self._policy)
                 key = _digest(repr(image.size).encode(), image.tobytes())
         else:
-            data = image_bytes(source, self._policy)
+            data = image_bytes(source, self._policy, cancel)
             lap("image_fetch")
             key = _digest(data)
         if prompt := self._generator.engine.recall(key):
             timings |= {"image_decode": 0.0, "preprocess": 0.0}
             return prompt, len(data)
-        with self._decoding:
+        with decoding():
             image = image or decode_image(data)
             lap("image_decode")
             prompt = self._tiled(key, image)

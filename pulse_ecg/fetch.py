@@ -26,8 +26,16 @@ import requests
 import urllib3.exceptions
 from urllib3.response import HTTPResponse
 
+from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.config import Settings
-from pulse_ecg.errors import ConfigurationError, ImageFetchError, ImageFetchTimeoutError, ImageTooLargeError, excerpt
+from pulse_ecg.errors import (
+    ConfigurationError,
+    ImageFetchError,
+    ImageFetchTimeoutError,
+    ImageTooLargeError,
+    RequestCancelledError,
+    excerpt,
+)
 from pulse_ecg.transport import Deadline, Target, get, refused
 
 _MAX_URL_LENGTH = 8192
@@ -86,10 +94,11 @@ class FetchPolicy:
         return cls(allow_private=settings.allow_private_image_urls, allowed_hosts=settings.allowed_image_hosts)
 
 
-def fetch_image_bytes(url: str, policy: FetchPolicy) -> bytes:
+def fetch_image_bytes(url: str, policy: FetchPolicy, cancel: Cancellation | None = None) -> bytes:
     """The body that ``url`` answers with, at least one byte and at most ``policy.max_bytes``.
 
     A redirect from https to http is refused: on the way an attacker could put another patient's tracing in its place.
+    ``cancel`` ends it, but for an attempt to connect that is under way.
     Safe to call from several threads; leaves no socket and no thread behind, but for a look-up that the system's
     resolver still blocks (at most 32 of them).  While it runs, urllib3 logs nothing from the calling thread, since its
     records hold URLs with their query strings.
@@ -99,9 +108,10 @@ def fetch_image_bytes(url: str, policy: FetchPolicy) -> bytes:
         ImageFetchTimeoutError: ``policy.deadline_s`` passed.
         ImageTooLargeError: more than ``policy.max_bytes``.
         ImageFetchError: any other failure.
+        RequestCancelledError: ``cancel`` was set before the image was there.
     """
-    deadline = Deadline(policy.deadline_s)
-    with _urllib3_silenced(), _errors_mapped(deadline), deadline:
+    cancel, deadline = cancel or Cancellation(), Deadline(policy.deadline_s)
+    with _urllib3_silenced(), _errors_mapped(deadline, cancel), deadline, cancel.calling(deadline.expire):
         target = _target(url, policy)
         for _ in range(policy.max_redirects + 1):
             answer = _get(target, policy, deadline)
@@ -208,11 +218,13 @@ def _body(raw: HTTPResponse, cap: int, deadline: Deadline) -> bytes:
 
 
 @contextmanager
-def _errors_mapped(deadline: Deadline) -> Iterator[None]:
+def _errors_mapped(deadline: Deadline, cancel: Cancellation) -> Iterator[None]:
     """The one place where foreign errors become ours.  Their texts hold addresses, paths and queries: none is kept."""
     try:
         yield
     except _FOREIGN as error:
+        if cancel.is_set():
+            raise RequestCancelledError("The request was cancelled while its image was fetched.") from None
         slow = (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError)
         tls = (ssl.SSLError, requests.exceptions.SSLError, urllib3.exceptions.SSLError)
         if deadline.expired or isinstance(error, slow):

@@ -38,7 +38,9 @@ _MAX_SCANNED_PIXELS = 2_000_000_000
 _MAX_MARKERS = 10_000
 # ITU T.81 section B.1.1.2: in coded data FF is escaped (FF00), and FFD0 to FFD7 only restart the decoder.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_START_OF_SCAN, _END_OF_IMAGE, _WITHOUT_LENGTH = 0xDA, 0xD9, (0x01, 0xD8)
+_START_OF_SCAN, _END_OF_IMAGE, _EXIF_OR_XMP, _WITHOUT_LENGTH = 0xDA, 0xD9, 0xE1, (0x01, 0xD8)
+# Of 64 kB; Pillow appends each to a copy of those before.  Writers leave it at one.
+_MAX_JPEG_EXIF_BLOCKS = 100
 
 # Pillow walks the parts of a file (segments, chunks, sub-blocks, strips) in Python and reads each on its own; 20 MB
 # hold millions.  A PNG in chunks of 1 kB takes 60,000 reads, a TIFF in strips of a row 20,000.
@@ -135,7 +137,7 @@ _PLUGINS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
     (re.compile(rb"GIF8[79]a"), GifImageFile),
     (re.compile(rb"BM"), BmpImageFile),
     (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), WebPImageFile),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), _Tiff),
+    (re.compile(rb"II[*+]\0|MM\0\*"), _Tiff),  # Pillow takes a big-endian BigTIFF for a classic one
 )
 
 
@@ -181,13 +183,16 @@ def _covered_pixels(image: ImageFile) -> int:
 def _scans(data: bytes) -> int:
     """Scans of a JPEG's first picture: its segments are walked, so that neither a thumbnail in one of them nor a film
     behind the picture counts."""
-    scans, at = 0, 2
+    scans, exif_blocks, at = 0, 0, 2
     for _ in range(_MAX_MARKERS):
         found = _MARKER.search(data, at)
         if found is None or (marker := data[found.end() - 1]) == _END_OF_IMAGE:
             return scans
         scans += marker == _START_OF_SCAN
         at = found.end()
+        exif_blocks += marker == _EXIF_OR_XMP and data.startswith(b"Exif\0\0", at + 2)
+        if exif_blocks > _MAX_JPEG_EXIF_BLOCKS:
+            break
         if marker not in _WITHOUT_LENGTH:
             at += int.from_bytes(data[at : at + 2], "big")
     raise ImageDecodeError("The JPEG image has too many segments.")

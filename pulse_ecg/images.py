@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from PIL import Image
 
+from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.errors import (
     ImageDecodeError,
     ImageError,
@@ -66,8 +67,8 @@ class RawImage:
 ImageSource = UrlImage | EncodedImage | RawImage | DecodedImage
 
 
-def image_source(value: object) -> ImageSource:
-    """What kind of image a caller put into ``image``; nothing is fetched or decoded yet.
+def image_source(value: object, name: str = "'image'") -> ImageSource:
+    """What kind of image a caller sent; nothing is fetched or decoded yet.  ``name`` is what messages call it.
 
     Raises:
         ImageUrlRefusedError: a URL of another scheme.
@@ -78,15 +79,15 @@ def image_source(value: object) -> ImageSource:
     if isinstance(value, bytes):  # no JSON body can hold them: the host put them there
         return RawImage(value)
     if not isinstance(value, str):
-        raise ImageError(f"'image' is {excerpt(value)}; {_ACCEPTED}.")
+        raise ImageError(f"{name} is {excerpt(value)}; {_ACCEPTED}.")
     text = value.strip()
     if not text:
-        raise ImageError(f"'image' is empty; {_ACCEPTED}.")
+        raise ImageError(f"{name} is empty; {_ACCEPTED}.")
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,31}(?=:)", text)  # base64 has no colon
     if scheme is None or scheme[0].lower() == "data":
         return EncodedImage(text)
     if scheme[0].lower() not in ("http", "https"):
-        raise ImageUrlRefusedError(f"'image' is a URL of the scheme {excerpt(scheme[0])}; {_ACCEPTED}.")
+        raise ImageUrlRefusedError(f"{name} is a URL of the scheme {excerpt(scheme[0])}; {_ACCEPTED}.")
     return UrlImage(text)
 
 
@@ -101,16 +102,19 @@ def load_image(source: ImageSource, policy: FetchPolicy) -> Image.Image:
     return decode_image(image_bytes(source, policy))
 
 
-def image_bytes(source: UrlImage | EncodedImage | RawImage, policy: FetchPolicy) -> bytes:
+def image_bytes(
+    source: UrlImage | EncodedImage | RawImage, policy: FetchPolicy, cancel: Cancellation | None = None
+) -> bytes:
     """The image file, fetched or taken out of its base64; not empty, at most ``policy.max_bytes``.
 
     Raises:
         ImageFetchError: the URL gave none (see :func:`pulse_ecg.fetch.fetch_image_bytes`).
         ImageTooLargeError: too many bytes.
         ImageDecodeError: no base64, or a data URI that is no image.
+        RequestCancelledError: ``cancel`` was set before an image was fetched.
     """
     if isinstance(source, UrlImage):
-        return fetch_image_bytes(source.url, policy)
+        return fetch_image_bytes(source.url, policy, cancel)
     if isinstance(source, RawImage):
         return _within_cap(source.data, policy.max_bytes)
     return _from_base64(source.data, policy.max_bytes)
@@ -155,6 +159,7 @@ def _payload(uri: str) -> str:
         raise ImageDecodeError("'image' is a data URI without ';base64,'; accepted: data:image/...;base64,...")
     if not (media_type.startswith("image/") or media_type in ("", "application/octet-stream")):
         raise ImageDecodeError(f"'image' is a data URI of the type {excerpt(media_type)}; accepted: image types.")
-    for code, character in _PERCENT_CODES.items():
-        payload = payload.replace(code, character).replace(code.lower(), character)
+    if "%" in payload:  # rare, and a pass over megabytes for each code
+        for code, character in _PERCENT_CODES.items():
+            payload = payload.replace(code, character).replace(code.lower(), character)
     return payload

@@ -97,12 +97,15 @@ def _refused(name: str, value: object, accepted: str) -> ParameterError:
 
 def _integer(low: int, high: int | None, accepted: str) -> Callable[[str, object], int]:
     def read(name: str, value: object) -> int:
+        given = value
         if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
             value = int(value.strip())
-        elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        elif isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+            value = float(value.strip())
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)  # JSON has one kind of number: 256.0 is 256
         if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            raise _refused(name, value, accepted)
+            raise _refused(name, given, accepted)
         return value
 
     return read

@@ -6,6 +6,7 @@ otherwise be answered as a question without an image.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,11 +20,14 @@ from pulse_ecg.prompt import LLAVA_V1_SYSTEM, Conversation, Turn
 
 DEFAULT_QUESTION = "Please write a clinical report based on this ECG image."
 MAX_BATCH = 64
+EMPTY_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
+"""Fields of an OpenAI answer, which clients send back as it came: accepted in a message where they say nothing."""
 
 _QUESTION_KEYS = ("query", "text", "prompt")
 _IMAGE_KEYS = ("image", "image_url", "image_base64")
 # How the base64 of JPEG, PNG, GIF, WebP, TIFF and BMP files begins.
 _BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk")
+_LONE_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|www\.)\S+", re.IGNORECASE)
 
 RequestForm = Literal["text", "object", "chat", "image"]
 
@@ -53,10 +57,7 @@ def split_inputs(data: object) -> tuple[list[object], object]:
     """
     if not isinstance(data, Mapping):
         raise RequestError(f"The body must be an object with the key 'inputs', not {excerpt(data)}.")
-    # `options` comes from Hugging Face's own older clients and is about their routing: accepted, without effect.
-    _refuse_unknown(
-        {key: value for key, value in data.items() if key != "options"}, ("inputs", "parameters"), "The body"
-    )
+    _refuse_unknown({k: v for k, v in data.items() if not _without_effect(k, v)}, ("inputs", "parameters"), "The body")
     inputs = data.get("inputs")
     if inputs is None:
         raise RequestError("The body has no 'inputs'. Send a question, or an object with 'query' and 'image'.")
@@ -67,6 +68,11 @@ def split_inputs(data: object) -> tuple[list[object], object]:
     if len(inputs) > MAX_BATCH:
         raise PayloadTooLargeError(f"'inputs' has {len(inputs)} items; at most {MAX_BATCH} are accepted at once.")
     return list(inputs), data.get("parameters")
+
+
+def _without_effect(key: object, value: object) -> bool:
+    """What Hugging Face's clients send with the inputs: `options` for their routing, `stream` even where it is off."""
+    return key == "options" or (key == "stream" and (value is None or value is False))
 
 
 def parse_input(value: object, params: GenerationParams) -> AnalysisRequest:
@@ -90,21 +96,21 @@ def parse_input(value: object, params: GenerationParams) -> AnalysisRequest:
 
 
 def _text_request(question: str, params: GenerationParams) -> AnalysisRequest:
-    if _looks_like_an_image(question):
-        raise RequestError(
-            '\'inputs\' looks like an image, not a question. Send it under its key: {"inputs": {"image": …}}.'
-        )
+    _refuse_image(question, "'inputs'")
     if not question.strip():
         raise RequestError("'inputs' is an empty question.")
     return AnalysisRequest(_single(_readable(question, "'inputs'")), None, params, "text")
 
 
-def _looks_like_an_image(text: str) -> bool:
-    """Whether a bare string is a URL, a data URI or an image's base64: as a question, it would lack its image."""
-    text = text.strip()
-    if text.startswith(_BASE64_IMAGES) and len(text) > 100:
-        return not any(character == " " for character in text)
-    return text.lower().startswith(("http://", "https://", "data:image/")) and len(text.split()) == 1
+def _refuse_image(question: str, where: str) -> None:
+    """Nothing but a URL, a data URI or an image's base64: as a question, it would be answered without its image."""
+    text = question.strip()
+    encoded = text.startswith(_BASE64_IMAGES) and len(text) > 100 and " " not in text
+    if encoded or text[:11].lower() == "data:image/" or _LONE_URL.fullmatch(text):
+        raise RequestError(
+            f'{where} looks like an image, not a question. Send it under its key: {{"inputs": {{"image": …}}}}, or in '
+            'a chat as a part {"type": "image_url", …}.'
+        )
 
 
 def _query_request(value: Mapping[object, object], params: GenerationParams) -> AnalysisRequest:
@@ -115,16 +121,19 @@ def _query_request(value: Mapping[object, object], params: GenerationParams) -> 
     if question is not None and not isinstance(question, str):
         raise RequestError(f"'{question_key}' must be a string, not {excerpt(question)}.")
     # A key that is there and holds null is an image that went missing on its way, not a question without one.
-    source = image_source(image) if image_key or any(key in value for key in _IMAGE_KEYS) else None
+    named = image_key or next((key for key in _IMAGE_KEYS if key in value), "")
+    source = image_source(image, f"'{named}'") if named else None
     if question is None:
         if source is None:
             raise RequestError("'inputs' holds neither a question ('query') nor an image ('image').")
         question = DEFAULT_QUESTION
+    if source is None:
+        _refuse_image(question, f"'{question_key}'")
     return AnalysisRequest(_single(_readable(question, f"'{question_key}'")), source, params, "object")
 
 
 def _chat_request(value: Mapping[object, object], params: GenerationParams) -> AnalysisRequest:
-    _refuse_unknown(value, ("messages",), "'inputs' with 'messages'")
+    _refuse_beside_messages(value)
     messages = value["messages"]
     if not isinstance(messages, (list, tuple)) or not messages:
         raise RequestError("'messages' must be a list of at least one message with 'role' and 'content'.")
@@ -154,14 +163,29 @@ def _chat_request(value: Mapping[object, object], params: GenerationParams) -> A
         raise RequestError("'messages' must end with a message of the role 'user'.")
     if any(not turn.text.strip() for turn in turns):
         raise RequestError("'messages' holds a message without text.")
+    for turn in turns[::2] if not images else ():
+        _refuse_image(turn.text, "A message")
     return AnalysisRequest(Conversation(tuple(turns), system), images[0] if images else None, params, "chat")
+
+
+def _refuse_beside_messages(value: Mapping[object, object]) -> None:
+    for key in value:
+        if key in _IMAGE_KEYS or (key in _QUESTION_KEYS and value[key] is not None):
+            raise RequestError(
+                f"'inputs' has 'messages' and '{key}'. In a chat, question and image are parts of a user message: "
+                '{"type": "text", "text": …}, {"type": "image_url", "image_url": {"url": …}}.'
+            )
+    _refuse_unknown(
+        {k: v for k, v in value.items() if k not in _QUESTION_KEYS}, ("messages",), "'inputs' with 'messages'"
+    )
 
 
 def _message(message: object, where: str) -> tuple[str, str, list[ImageSource]]:
     """Role, text and images of one message; its text parts are joined by line breaks."""
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with 'role' and 'content', not {excerpt(message)}.")
-    _refuse_unknown(message, ("role", "content", "name"), where)
+    said = {key: value for key, value in message.items() if value or key not in EMPTY_IN_MESSAGES}
+    _refuse_unknown(said, ("role", "content", "name"), where)
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant"):
         raise RequestError(f"{where} has the role {excerpt(role)}; accepted: system, user, assistant.")
@@ -185,11 +209,17 @@ def _part(part: object, where: str) -> str | ImageSource:
     if not isinstance(part, Mapping):
         raise RequestError(f"{where} must be an object with 'type', not {excerpt(part)}.")
     kind = part.get("type")
-    if kind == "text" and isinstance(text := part.get("text"), str):
+    own, others = {"text": ("text", _IMAGE_KEYS), "image_url": ("image_url", _QUESTION_KEYS)}.get(str(kind), ("", ()))
+    for key in others:
+        if part.get(key) is not None:
+            raise RequestError(f"{where} has the type '{kind}' and '{key}' too: send two parts, one for each.")
+    if own == "text":
+        if not isinstance(text := part.get("text"), str):
+            raise RequestError(f"{where} must have a 'text' that is a string, not {excerpt(text)}.")
         return _readable(text, where)
-    if kind == "image_url":
+    if own == "image_url":
         link = part.get("image_url")
-        return image_source(link.get("url") if isinstance(link, Mapping) else link)
+        return image_source(link.get("url") if isinstance(link, Mapping) else link, f"{where}.image_url")
     raise RequestError(
         f'{where} has the type {excerpt(kind)}; accepted: {{"type": "text", "text": …}} and '
         '{"type": "image_url", "image_url": {"url": …}}.'

@@ -100,6 +100,7 @@ def _lookup(target: Target, *, allow_private: bool, deadline: Deadline) -> list[
         OSError: not in time, or no thread was left.
     """
     answers: list[str] = []
+    done = threading.Event()
 
     def look_up() -> None:
         try:
@@ -108,6 +109,7 @@ def _lookup(target: Target, *, allow_private: bool, deadline: Deadline) -> list[
                 answers.extend(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
         finally:
             _LOOKUPS.release()
+            done.set()
 
     if not _LOOKUPS.acquire(timeout=deadline.remaining()):
         raise TimeoutError
@@ -117,9 +119,7 @@ def _lookup(target: Target, *, allow_private: bool, deadline: Deadline) -> list[
     except OSError:
         _LOOKUPS.release()
         raise
-    thread.join(deadline.remaining())
-    if thread.is_alive():
-        raise TimeoutError
+    deadline.wait(done)
     if not answers:
         raise ImageFetchError(f"The image URL's host {excerpt(target.host)} was not found.")
     if any("%" in address for address in answers):
@@ -217,7 +217,8 @@ class Deadline:
         self._lock = threading.Lock()
         self._fired = False
         self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._expire)
+        self._awaited: threading.Event | None = None
+        self._timer = threading.Timer(seconds, self.expire)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
@@ -242,9 +243,20 @@ class Deadline:
             TimeoutError: none are.
         """
         left = self._end - time.monotonic()
-        if left <= 0:
+        if self._fired or left <= 0:
             raise TimeoutError
         return left
+
+    def wait(self, event: threading.Event) -> None:
+        """Wait for ``event``.
+
+        Raises:
+            TimeoutError: the time was up before.
+        """
+        with self._lock:
+            self._awaited = event
+        event.wait(self.remaining())
+        self.remaining()
 
     def watch(self, sock: socket.socket) -> socket.socket:
         """Watch a duplicate, since TLS takes the file descriptor out of the original; the one before is let go."""
@@ -256,10 +268,13 @@ class Deadline:
                 self._shut_down()
         return sock
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """The time is up now; any thread may say so."""
         with self._lock:
             self._fired = True
             self._shut_down()
+            if self._awaited is not None:
+                self._awaited.set()
 
     def _shut_down(self) -> None:
         if self._socket is not None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from pulse_ecg.call import Answered, Call, Progress, Started, TextPiece
 from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.engine.scheduler import TransformersEngine
 from pulse_ecg.errors import DeadlineExceededError, ParameterError, RequestCancelledError
+from pulse_ecg.fetch import FetchPolicy
 from tests.commentary_service import answer as chat_answer
 from tests.commentary_service import chat_server, slow_first_byte
+from tests.servers import ImageHost, silent
 from utils import Commentary, DeepSeekClient
 
 PATIENCE = 30.0
@@ -207,11 +210,11 @@ def test_fetching_an_image_takes_no_place(handler: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(handler, "_admission", Admission(1, 1))
     prepare, fetching, go = handler._analyzer.prepare, threading.Event(), threading.Event()
 
-    def slow(request: Any) -> Any:
+    def slow(request: Any, **how: Any) -> Any:
         if request.conversation.question == "slow":
             fetching.set()
             assert go.wait(PATIENCE)
-        return prepare(request)
+        return prepare(request, **how)
 
     monkeypatch.setattr(handler._analyzer, "prepare", slow)
     with ThreadPoolExecutor(1) as threads:
@@ -233,30 +236,34 @@ def test_a_batch_never_has_more_places_than_there_are(handler: Any, monkeypatch:
 
 
 def test_the_items_of_all_batches_hold_no_more_images_than_single_requests(
-    handler: Any, monkeypatch: pytest.MonkeyPatch
+    handler: Any, sample_png: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 64 in every place of the queue would otherwise hold gigabytes, from a few kilobytes of URLs."""
     settings = handler._settings
-    assert handler._in_work.concurrent == settings.max_concurrent_requests + settings.max_queued_requests
-    monkeypatch.setattr(handler, "_in_work", Admission(3, 0))
+    assert handler._with_images.concurrent == settings.max_concurrent_requests + settings.max_queued_requests
+    monkeypatch.setattr(handler, "_with_images", Admission(3, 0))
     prepare, lock, present, most, go = handler._analyzer.prepare, threading.Lock(), [], [], threading.Event()
 
-    def counted(request: Any) -> Any:
+    def counted(request: Any, **how: Any) -> Any:
+        if request.image is None:
+            return prepare(request, **how)
         with lock:
             present.append(request)
             most.append(len(present))
         assert go.wait(PATIENCE)
         with lock:
             present.pop()
-        return prepare(request)
+        return prepare(request, **how)
 
     monkeypatch.setattr(handler._analyzer, "prepare", counted)
     cancel = Cancellation()
     with ThreadPoolExecutor(3) as threads:
-        batches = [threads.submit(handler, body(["Rate?"] * 4)) for _ in range(2)]
+        asked = {"query": "Rate?", "image": base64.b64encode(sample_png).decode()}
+        batches = [threads.submit(handler, body([asked] * 4)) for _ in range(2)]
         until(lambda: len(present) == 3)
-        waiting = threads.submit(handler.respond, body(), Call(cancel=cancel))
-        until(lambda: handler._in_work._waiters and len(handler._in_work._waiters) == 6)
+        waiting = threads.submit(handler.respond, body(asked), Call(cancel=cancel))
+        until(lambda: handler._with_images._waiters and len(handler._with_images._waiters) == 6)
+        assert handler(body())[0]["generated_text"]  # text has no part in it
         cancel.set()  # who waits for his turn notices it at once
         assert isinstance(waiting.result(PATIENCE)[0].error, RequestCancelledError)
         go.set()
@@ -264,3 +271,55 @@ def test_the_items_of_all_batches_hold_no_more_images_than_single_requests(
     assert max(most) == 3
     assert len(records) == 8
     assert all(record["generated_text"] for record in records)
+
+
+@pytest.mark.parametrize("where", ["fetched", "decoded"])
+def test_nobody_waits_for_the_image_of_a_caller_who_has_gone(
+    where: str, handler: Any, sample_png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel, decoding = Cancellation(), Admission(1, 0)
+    monkeypatch.setattr(handler._analyzer, "_policy", FetchPolicy(allow_private=True))
+    monkeypatch.setattr(handler._analyzer, "_decoding", decoding)
+    with ExitStack() as held, ThreadPoolExecutor(1) as threads:
+        host = ImageHost({"/ecg.png": silent})
+        held.callback(host.close)
+        if where == "fetched":
+            image, arrived = host.url("/ecg.png"), lambda: bool(host.requests)
+        else:
+            held.enter_context(decoding.place())
+            image, arrived = base64.b64encode(sample_png + b"1").decode(), lambda: bool(decoding._waiters)
+        outcome = threads.submit(handler.respond, body({"image": image}), Call(cancel=cancel))
+        until(arrived)
+        since = time.monotonic()
+        cancel.set()
+        assert isinstance(outcome.result(PATIENCE)[0].error, RequestCancelledError)
+        assert time.monotonic() - since < 3
+    assert handler._with_images.running == 0
+
+
+def test_an_image_whose_turn_to_be_decoded_does_not_come_in_time(
+    handler: Any, sample_png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler._analyzer, "_decoding", decoding := Admission(1, 0))
+    with decoding.place():
+        asked = body({"image": base64.b64encode(sample_png + b"2").decode()})
+        [outcome] = handler.respond(asked, Call(deadline=time.monotonic() + 0.1))
+    assert isinstance(outcome.error, DeadlineExceededError)
+
+
+@pytest.mark.parametrize("threads_left", [0, 1])
+def test_a_batch_is_answered_where_the_system_has_no_more_threads(
+    threads_left: int, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, left = threading.Thread.start, [threads_left]
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name.startswith("ThreadPoolExecutor"):
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+        start(thread)
+
+    alone = [handler(body(f"Rate {n}?"))[0] for n in range(5)]
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    assert handler(body([f"Rate {n}?" for n in range(5)])) == alone

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from pulse_ecg import transport
 from pulse_ecg.addresses import address_is_public
+from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import (
     ConfigurationError,
@@ -32,6 +33,7 @@ from pulse_ecg.errors import (
     ImageTooLargeError,
     ImageUrlRefusedError,
     PulseError,
+    RequestCancelledError,
 )
 from pulse_ecg.fetch import FetchPolicy, fetch_image_bytes
 from tests.servers import PUBLIC, PUBLIC_6, ImageHost, Internet, answer, drip, flood, raw, redirect, silent, status
@@ -527,6 +529,25 @@ def test_blocked_lookup(internet: Internet) -> None:
     internet.unblock.set()
     for thread in threading.enumerate():
         if "pulse" in thread.name:
+            thread.join(5)
+
+
+@pytest.mark.parametrize("where", ["lookup", "head", "body"])
+def test_a_cancelled_fetch_ends(where: str, internet: Internet, host: ImageHost) -> None:
+    host.pages["/"] = silent if where == "head" else drip(IMAGE, after=OK + b"\r\n")
+    if where == "lookup":
+        internet.unblock.clear()
+    cancel = Cancellation()
+    timer = threading.Timer(0.3, cancel.set)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(RequestCancelledError):
+        fetch_image_bytes("http://images.example/", PUBLIC_ONLY, cancel)
+    assert 0.2 < time.monotonic() - started < 2
+    timer.join()
+    internet.unblock.set()
+    for thread in threading.enumerate():
+        if "pulse-ecg-lookup" in thread.name:
             thread.join(5)
 
 

@@ -636,6 +636,16 @@ def test_a_file_of_very_many_parts_takes_seconds_at_most(name: str) -> None:
     assert time.process_time() - start < 10
 
 
+def test_exif_in_very_many_blocks() -> None:
+    plain = saved(picture(), "JPEG")
+    block = b"\xff\xe1\x07\xd2Exif\0\0" + bytes(1994)
+    assert decode_image(plain[:2] + 50 * block + plain[2:]).size == picture().size
+    start = time.process_time()
+    with pytest.raises(ImageDecodeError, match="too many segments"):
+        decode_image(plain[:2] + 9_000 * block + plain[2:])
+    assert time.process_time() - start < 0.5
+
+
 def test_files_of_many_parts_that_they_need_are_read() -> None:
     rows = [bytes((x * y) % 251 for x in range(200) for _ in range(4)) for y in range(300)]
     runs = b"".join(b"".join(bytes((4, pixel)) for pixel in row[::4]) + b"\0\0" for row in reversed(rows))
@@ -671,6 +681,7 @@ DISGUISED = {
     "text": b"secret",
     "riff": b"RIFF\x24\0\0\0WAVEfmt ",
     "leading byte": b" " + PNG,
+    "big-endian BigTIFF": b"MM\0+\0\x08\0\0" + bytes(100),
     **{
         kind: saved(picture(), kind)
         for kind in ("ICO", "PCX", "TGA", "SGI", "DDS", "ICNS", "JPEG2000", "AVIF", "EPS", "PDF")

@@ -57,6 +57,7 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("max_new_tokens", 1, 1),
     ("max_new_tokens", 2048, 2048),
     ("max_new_tokens", "256", 256),
+    ("max_new_tokens", "256.0", 256),
     ("max_new_tokens", " 256 ", 256),
     ("max_new_tokens", 256.0, 256),
     ("temperature", 0, 0.0),

@@ -72,6 +72,11 @@ def test_a_list_is_a_batch_in_order(kind: type) -> None:
     assert split_inputs({"inputs": kind(["a", {"query": "b"}, None])}) == (["a", {"query": "b"}, None], None)
 
 
+@pytest.mark.parametrize("beside", [{"options": {"use_cache": False}}, {"stream": False}, {"stream": None}], ids=str)
+def test_what_other_clients_send_beside_it_is_without_effect(beside: dict[str, object]) -> None:
+    assert split_inputs({"inputs": "x", **beside}) == (["x"], None)
+
+
 def test_the_largest_batch() -> None:
     assert len(split_inputs({"inputs": ["x"] * MAX_BATCH})[0]) == MAX_BATCH
     with pytest.raises(PayloadTooLargeError, match=f"{MAX_BATCH + 1} items; at most {MAX_BATCH}"):
@@ -91,6 +96,7 @@ def test_the_largest_batch() -> None:
         ({"inputs": "x", "Parameters": {}}, "unknown key 'Parameters'. Did you mean 'parameters'?"),
         ({"inputs": "x", "option": {}}, "unknown key 'option'"),
         ({"inputs": "x", 5: 6}, "unknown key 5"),
+        ({"inputs": "x", "stream": True}, "unknown key 'stream'"),
     ],
     ids=str,
 )
@@ -159,11 +165,16 @@ def test_a_blank_alias_does_not_count(params: GenerationParams) -> None:
     assert turns(parse_input({"query": "", "text": QUESTION, "image": URL}, params)) == [("user", QUESTION)]
 
 
-@pytest.mark.parametrize("text", [URL, f" {URL}\n", "HTTP://a.example/ecg.png", BASE64 * 60, small_image()], ids=len)
-def test_an_image_as_a_bare_string_is_no_question(params: GenerationParams, text: str) -> None:
+IMAGES = [URL, f" {URL}\n", "HTTP://a.example/ecg.png", "s3://bucket/ecg.png", "www.a.example/ecg.png", BASE64 * 60]
+
+
+@pytest.mark.parametrize("text", [*IMAGES, small_image()], ids=len)
+def test_an_image_in_the_questions_place_is_no_question(params: GenerationParams, text: str) -> None:
     """Answered as a question, it would be without its image."""
-    with pytest.raises(RequestError, match="looks like an image, not a question"):
-        parse_input(text, params)
+    for inputs in (text, {"query": text}, {"messages": [{"role": "user", "content": text}]}):
+        with pytest.raises(RequestError, match="looks like an image, not a question"):
+            parse_input(inputs, params)
+    assert turns(parse_input({"query": text, "image": URL}, params)) == [("user", text)]
 
 
 @pytest.mark.parametrize("text", [f"What does {URL} show?", "x" * 400, "ş" * 600, "ECG? " * 200], ids=len)
@@ -207,6 +218,7 @@ def test_null_aliases_do_not_count(params: GenerationParams) -> None:
         ({"query": "a", "image": " "}, ImageError, "'image' is empty"),
         ({"query": "a", "image": None}, ImageError, "'image' is null"),
         ({"query": "a", "image_url": None, "image": None}, ImageError, "'image' is null"),
+        ({"query": "a", "image_url": {"url": URL}}, ImageError, "'image_url' is an object"),
         ({"query": "a", "image": 5}, ImageError, "'image' is 5"),
         ({"query": "a", "image": {"url": URL}}, ImageError, "'image' is an object"),
         ({"query": "a", "image": [URL]}, ImageError, "'image' is a list"),
@@ -291,12 +303,18 @@ def test_a_system_message_replaces_the_system_sentence(params: GenerationParams,
         ([user(said("half \udc00"))], "messages[0].content[0] holds half a surrogate pair"),
         ([user("x")], "messages[0].content[0] must be an object with 'type'"),
         ([user({"type": "audio"})], "messages[0].content[0] has the type 'audio'"),
-        ([user({"type": "text"})], "messages[0].content[0] has the type 'text'"),
-        ([user({"type": "text", "text": 5})], "messages[0].content[0]"),
-        ([user(said("x"), shown(None))], "'image' is null"),
-        ([user(said("x"), shown({}))], "'image' is null"),
-        ([user(said("x"), shown({"url": 5}))], "'image' is 5"),
-        ([user(said("x"), shown(""))], "'image' is empty"),
+        ([user({"type": "text"})], "messages[0].content[0] must have a 'text' that is a string, not null"),
+        ([user({"type": "text", "text": 5})], "messages[0].content[0] must have a 'text' that is a string, not 5"),
+        ([user(said("x"), shown(None))], "messages[0].content[1].image_url is null"),
+        ([user(said("x"), shown({}))], "messages[0].content[1].image_url is null"),
+        ([user(said("x"), shown({"url": 5}))], "messages[0].content[1].image_url is 5"),
+        ([user(said("x"), shown(""))], "messages[0].content[1].image_url is empty"),
+        ([user(said("x") | {"image_url": {"url": URL}})], "messages[0].content[0] has the type 'text' and 'image_url'"),
+        ([user(said("x") | {"image": URL})], "messages[0].content[0] has the type 'text' and 'image'"),
+        ([user(shown(URL) | {"text": "x"})], "messages[0].content[0] has the type 'image_url' and 'text'"),
+        ([user(said(URL))], "A message looks like an image"),
+        ([{"role": "user", "content": f" {URL}"}], "A message looks like an image"),
+        ([user(said("x")) | {"refusal": "no"}], "messages[0] has the unknown key 'refusal'"),
         ([user(shown(URL), shown(URL))], "2 images; one image per chat"),
         ([{"role": "assistant", "content": "x"}], "messages[0] has the role 'assistant' where 'user' is due"),
         ([user(said("x")), user(said("y"))], "messages[1] has the role 'user' where 'assistant' is due"),
@@ -319,9 +337,27 @@ def test_malformed_chat(params: GenerationParams, messages: object, message: str
 
 
 def test_a_chat_takes_no_keys_of_the_other_form(params: GenerationParams) -> None:
-    for key in ("query", "image", "model"):
-        with pytest.raises(RequestError, match=f"unknown key '{key}'"):
-            parse_input({"messages": [user(said("x"))], key: URL}, params)
+    chat = {"messages": [user(said("x"))]}
+    with pytest.raises(RequestError, match="unknown key 'model'"):
+        parse_input(chat | {"model": "x"}, params)
+    for key in ("query", "text", "image", "image_base64"):
+        with pytest.raises(RequestError, match=f"'messages' and '{key}'. In a chat, question and image are parts"):
+            parse_input(chat | {key: URL}, params)
+    with pytest.raises(RequestError, match="'messages' and 'image'"):  # it went missing on its way
+        parse_input(chat | {"image": None}, params)
+    assert turns(parse_input(chat | {"query": None}, params)) == [("user", "x")]
+
+
+def test_an_answer_may_be_sent_back_as_it_came(params: GenerationParams) -> None:
+    nothing = {"refusal": None, "annotations": [], "tool_calls": [], "function_call": None, "reasoning_content": ""}
+    answered = {"role": "assistant", "content": "two", "audio": None} | nothing
+    request = parse_input({"messages": [user(said("one")), answered, user(said("three"))]}, params)
+    assert turns(request) == [("user", "one"), ("assistant", "two"), ("user", "three")]
+
+
+def test_what_a_part_says_of_nothing_is_allowed(params: GenerationParams) -> None:
+    parts = (said("one") | {"image_url": None, "cache_control": {"type": "ephemeral"}}, shown(URL) | {"text": None})
+    assert parse_input({"messages": [user(*parts)]}, params).image == UrlImage(URL)
 
 
 def test_what_the_caller_sent_is_not_in_repr(params: GenerationParams) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
+from pulse_ecg import stock_container
 from pulse_ecg.stock_container import admit_requests
 from tests.test_handler import PLAIN
 
@@ -138,10 +140,35 @@ def test_the_handler_lets_several_requests_in_as_it_starts(
     handler = EndpointHandler(str(demo_checkpoint))
     together, prepare = threading.Barrier(4, timeout=PATIENCE), handler._analyzer.prepare
 
-    def prepare_together(request: Any) -> Any:
+    def prepare_together(request: Any, **how: Any) -> Any:
         together.wait()
-        return prepare(request)
+        return prepare(request, **how)
 
     monkeypatch.setattr(handler._analyzer, "prepare", prepare_together)
     answers = four_calls(module, lambda number: handler({"inputs": f"Rate {number}?", "parameters": PLAIN}))
     assert all(record["generated_text"] and "error" not in record for (record,) in answers)
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_container_whose_device_is_lost_ends_once_its_last_answers_are_sent(
+    stock: bool, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its health check would go on saying that all is well; a server of ours says itself that it is not."""
+    from handler import EndpointHandler
+
+    ended = threading.Event()
+    monkeypatch.setattr(stock_container, "_LAST_ANSWERS_S", 0.2)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    if stock:
+        monkeypatch.setitem(sys.modules, NAME, toolkit())
+    monkeypatch.setenv("PULSE_DEVICE", "cpu")
+    handler = EndpointHandler(str(demo_checkpoint))
+    asked = {"inputs": "Rate?", "parameters": PLAIN}
+    assert "error" not in handler(asked)[0]
+    assert not ended.wait(0.4)
+    monkeypatch.setattr(handler._analyzer._generator.engine, "_lost", True)
+    for _ in range(2):
+        assert handler(asked)[0]["success"] is False
+        assert not ended.is_set()
+    assert ended.wait(PATIENCE if stock else 0.4) == stock
+    assert caplog.text.count("the process ends") == stock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -31,14 +32,53 @@ def test_products_are_those_of_the_plain_layer(shape: tuple[int, ...], bias: boo
         torch.testing.assert_close(network(strided), plain(strided), rtol=1e-5, atol=1e-5)
 
 
+class Attention(nn.Module):
+    """As transformers names its layers; the key's is narrower where heads share keys."""
+
+    def __init__(self, bias: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        for name, width in (("q_proj", 96), ("k_proj", 32), ("v_proj", 32), ("o_proj", 64)):
+            self.add_module(name, nn.Linear(64, width, bias=bias, dtype=dtype if name == "k_proj" else None))
+
+
 def test_the_weight_is_kept_once() -> None:
-    network = nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])})
-    weights = [weakref.ref(layer.weight) for layer in network["inner"]]
-    assert pack_linear_layers(network) == 2
+    network = nn.ModuleDict({"plain": nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]), "joint": Attention(True)})
+    size = sum(parameter.nbytes for parameter in network.parameters())
+    weights = [weakref.ref(parameter) for name, parameter in network.named_parameters() if name.endswith("weight")]
+    assert pack_linear_layers(network) == 6
     gc.collect()
-    assert [weight() for weight in weights] == [None, None]
-    assert sum(buffer.nbytes for buffer in network.buffers()) == 2 * 64 * 64 * 4
+    assert [weight() for weight in weights] == [None] * 6
+    assert sum(buffer.nbytes for buffer in network.buffers()) == size
     assert pack_linear_layers(network) == 0  # they are already
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (5, 1, 64), (1, 300, 64)])
+def test_layers_with_the_same_input_are_one_product_in_whatever_order_they_are_asked(
+    shape: tuple[int, ...], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    network = Attention(bias)
+    plain, x, y = copy.deepcopy(network), torch.randn(shape), torch.randn(shape)
+    assert pack_linear_layers(network) == 4
+    asked = [("q_proj", x), ("k_proj", x), ("v_proj", x), ("o_proj", x), ("v_proj", y), ("q_proj", x), ("k_proj", y)]
+    with torch.inference_mode():
+        for name, given in asked:
+            found, expected = network.get_submodule(name)(given), plain.get_submodule(name)(given)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    counted = Counter(type(module) for module in network.modules())
+    assert counted[PackedLinear] == 2
+
+
+def test_layers_of_one_input_that_differ_are_packed_alone_or_stay() -> None:
+    network = Attention(dtype=torch.float16)
+    assert pack_linear_layers(network) == 3
+    kinds = [type(layer) for layer in network.children()]
+    assert kinds == [PackedLinear, nn.Linear, PackedLinear, PackedLinear]
+    network = Attention()
+    network.k_proj = nn.Linear(64, 32, bias=True)
+    assert pack_linear_layers(network) == 4
+    assert {type(layer) for layer in network.children()} == {PackedLinear}
 
 
 def test_layers_of_another_kind_or_dtype_stay() -> None:

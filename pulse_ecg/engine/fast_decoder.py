@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pulse_ecg.engine.joint_linear import SAME_INPUT, JointLinear, JointProduct
 from pulse_ecg.engine.slots import FirstSlotsView
 
 try:
@@ -22,7 +23,7 @@ except ImportError:  # where torch has no CUDA
     triton_kernels = None  # type: ignore[assignment]
 
 _Layers = tuple[tuple[str, tuple[str, ...]], ...]
-_SAME_INPUT: _Layers = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+_SAME_INPUT: _Layers = tuple(zip(("self_attn", "mlp"), SAME_INPUT, strict=True))
 _ALONE: _Layers = (("self_attn", ("o_proj",)), ("mlp", ("down_proj",)))
 
 
@@ -80,26 +81,15 @@ def _join(owner: nn.Module, names: Sequence[str]) -> None:
         setattr(owner, name, _JointLinear(joint, index, layer))
 
 
-class _Joint:
-    """Linear layers with the same input, as one; the product is kept until its last part is taken."""
+class _Joint(JointProduct):
+    """Of weights that lie one after another."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.sizes = [len(layer.weight) for layer in layers]
+        super().__init__([len(layer.weight) for layer in layers])
         self.weight = _joined([layer.weight for layer in layers])
         self.bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers])
-        self.x: Tensor | None = None
-        self.parts: Sequence[Tensor] = ()
 
-    def part(self, index: int, x: Tensor) -> Tensor:
-        """What layer ``index`` makes of ``x``."""
-        if self.x is not x:
-            self.x, self.parts = x, torch.split(self._product(x), self.sizes, dim=-1)
-        part = self.parts[index]
-        if index == len(self.sizes) - 1:
-            self.x, self.parts = None, ()
-        return part
-
-    def _product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1] and triton_kernels is not None and triton_kernels.serve(x):
             return triton_kernels.matvec(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
@@ -111,14 +101,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-class _JointLinear(nn.Module):
-    def __init__(self, joint: _Joint, index: int, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._joint, self._index = joint, index
+class _JointLinear(JointLinear):
+    """It has its own weight and bias as before."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._joint.part(self._index, x)
+    def __init__(self, joint: _Joint, index: int, linear: nn.Linear) -> None:
+        super().__init__(joint, index)
+        self.weight, self.bias = linear.weight, linear.bias
 
 
 class _FastLayer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -275,6 +276,18 @@ def test_thinking_is_switched_off_for_deepseek_alone_and_dropped_when_refused(se
     assert other.comment(ENGLISH, timeout_s=5).status == "success"
     assert "thinking" not in server.requests[-1][1]
     other.close()
+
+
+def test_a_refusal_that_repeats_the_whole_request_switches_nothing_off(server: ChatServer) -> None:
+    client = client_of(server)
+    assert client.comment(ENGLISH, timeout_s=5).status == "success"
+    echo = status(400, body=json.dumps({"error": "bad", "input": server.requests[0][1]}).encode())
+    server.script = [echo, echo, answer()]
+    assert client.comment(ENGLISH, timeout_s=5).status == "failed"
+    assert client.comment(ENGLISH, timeout_s=5).status == "success"
+    client.close()
+    first, _, _, last = (body for _, body in server.requests)
+    assert last == first
 
 
 def test_only_the_answer_leaves_and_no_content_is_logged(

@@ -126,6 +126,18 @@ def test_no_text_breaks_it(english: str, turkish: str) -> None:
     assert all(finding.severity in ("critical", "warning") for finding in check(english, turkish))
 
 
+@pytest.mark.parametrize("space", [" ", "  ", "\u2009", "\u202f", "\u00a0", "\t"])
+def test_white_space_of_any_kind_parts_words(space: str) -> None:
+    english = "ST elevation in leads V1 - V4, D1 and aVL. The PR interval is 160 ms."
+    turkish = (
+        "Kaydınızda V1 - V4, D1 ve aVL derivasyonlarında ST yükselmesi var. PR aralığı 160 ms. Bu bulgu acil olabilir; "
+        "yakınmanız varsa hemen 112'yi arayın."
+    )
+    spaced = turkish.replace(" - ", f"{space}-{space}").replace("D1", f"D{space}1").replace("160 ms", f"160{space}ms")
+    assert check(english, spaced) == check(english, turkish)
+    assert check(english, turkish.replace("D1", f"D{space}\n1")) is not None
+
+
 def test_presence_of_p_waves_is_not_read_as_their_absence() -> None:
     for absent in ("P dalgaları görülmüyor.", "P dalgaları seçilemiyor.", "P dalgası izlenmedi."):
         assert check("No visible P waves.", f"Kaydınızda {absent}") == ()
@@ -150,6 +162,9 @@ def test_it_is_fast_on_long_and_on_hostile_text() -> None:
         ("(" * 15000, "yan ve " * 1100),
         ("a" * 15000, "a," * 3900),
         ("no ST elevation, " * 900, "ST yükselmesi, " * 500),
+        ("V1" + "\n" * 15000, "V1" + "\n" * 7900),
+        ("V1" + " \n\t" * 5000, "V1" + " \u2009" * 3900),
+        ("!" * 15000 + "x", "!" * 7900 + "x"),
     ]:
         started = time.process_time()
         check(english, turkish)

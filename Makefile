@@ -22,15 +22,18 @@ train-demo: .venv/complete ## train that model anew, into build/demo-training (t
 evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real recording, with plots in build/demo-evaluation
 	.venv/bin/python -m demo.evaluate demo/checkpoint
 
+# Most tests compute on one core; each file's stay together, since they share what they start.
+IN_TWO = -m pytest -n 2 --dist loadfile
+
 test: .venv/complete ## the tests on the newest supported libraries
-	.venv/bin/python -m pytest -m "not parity and not load"
+	.venv/bin/python $(IN_TWO) -m "not parity and not load"
 
 # What transformers, accelerate and huggingface_hub have a part in; nothing else differs between the two environments.
 ON_THEM = $(patsubst %,tests/test_%.py,call checkpoint deploy emulator engine* fast_decoder generation handler quantization sampling \
 	serve_chat serve_process stock_container test_requests tokenizer vllm_settings)
 
 test-oldest: .venv-oldest/complete ## the handler's tests on the stock container's transformers
-	.venv-oldest/bin/python -m pytest -m "not parity and not load" $(ON_THEM)
+	.venv-oldest/bin/python $(IN_TWO) -m "not parity and not load" $(ON_THEM)
 
 parity: .venv/complete ## token for token against the official code, in an environment of its own
 	.venv/bin/python -m pytest -m parity tests/parity

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import playwright
+from filelock import FileLock
 from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).parents[1]
@@ -69,12 +70,18 @@ def launched(chromium: Chromium) -> Iterator[Browser]:
 
 
 def chromium() -> Chromium:
-    """A Chromium that works.
+    """A Chromium that works; where several processes test at once, one of them installs it.
 
     Raises:
         NoBrowserError: none is installed, npm got none, and apt-get is not ours to use.
         RuntimeError: apt-get failed.
     """
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "browser.lock"):
+        return _chromium()
+
+
+def _chromium() -> Chromium:
     on_path = [path for name in _ON_PATH if (path := shutil.which(name))]
     for candidate in (os.environ.get("CHROMIUM_PATH"), *on_path):
         if candidate and (found := Chromium(Path(candidate))).works():

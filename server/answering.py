@@ -9,7 +9,7 @@ from typing import Any, Self
 from starlette.requests import Request
 
 from pulse_ecg.errors import PulseError
-from server.body import read_body
+from server.body import read_body, size_in_memory
 from server.jobs import Job, News
 from server.service import Service
 from server.sse import Encoder, EventStream
@@ -55,16 +55,19 @@ class Answering:
         """The whole body; errors as of :func:`server.body.read_body`."""
         return await read_body(self._request, self._lease, timeout=self._service.settings.body_timeout)
 
-    def start(self, data: Any) -> Job:
-        """Have the handler answer ``data``.
+    def start(self, data: Any, *, stream: bool) -> Job:
+        """Have the handler answer ``data``; with ``stream`` the job tells more than how that ended.
 
         Raises:
-            QueueFullError: no thread is free.
+            QueueFullError: no thread is free, or no memory for what the body has become.
         """
+        self._lease.cover(size_in_memory(data))
         self._job = self._service.workers.start(
             partial(self._handler.respond, data),
             request_id=self.request_id,
             deadline=self._deadline,
+            model=self.model,
+            stream=stream,
             receive=self._request.receive,
             done=self._lease.release,
         )

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pulse_ecg.errors import ModelLoadingError, PulseError
+from pulse_ecg.errors import PulseError
 from server.chat import completions, model, models
 from server.errors import error_response, retry_headers, route_error_response
 from server.exchange import BearerAuth, Exchange
@@ -60,7 +60,7 @@ def build_app(service: Service, *, ui: Sequence[Route] = (), failed: Callable[[]
             )
         )
     if settings.api_token:
-        around.append(Middleware(BearerAuth, token=settings.api_token, is_open=_is_open))
+        around.append(Middleware(BearerAuth, service=service, token=settings.api_token, is_open=_is_open))
     app = Starlette(
         routes=routes,
         middleware=around,
@@ -107,11 +107,7 @@ async def openapi(request: Request) -> Response:
 async def refused(request: Request, error: PulseError) -> Response:
     """An error that stopped a request before its job told anything."""
     service: Service = request.app.state.service
-    try:
-        name = service.model_name
-    except ModelLoadingError:
-        name = None
-    return error_response(request.scope["path"], error, name)
+    return error_response(request.scope["path"], error, service.name_in_errors)
 
 
 async def no_route(request: Request, error: HTTPException) -> Response:

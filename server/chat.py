@@ -33,7 +33,7 @@ async def completions(request: Request) -> ASGIApp:
             raise RequestError(f"The Content-Type is {excerpt(kind)}; accepted: application/json.")
         asked = chat_request(parse_json(await answering.body()), model_names(request))
         told = Completion(answering.request_id, answering.model, asked)
-        job = answering.start(asked.data)
+        job = answering.start(asked.data, stream=asked.stream)
         if not asked.stream:
             return told.whole(await job.outcomes())
         first = await job.take()

@@ -50,8 +50,6 @@ READ = frozenset(
     {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "seed", "stream"}
     | {"stream_options", "top_k", "repetition_penalty", "turkish_commentary", "deepseek_timeout"}
 )
-# Of an assistant message that a client sends back as it came; dropped where they say nothing.
-EMPTY_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def chat_request(body: object, models: Collection[str]) -> ChatRequest:
     if "deepseek_timeout" in given:
         parameters["deepseek_timeout"] = _integer(given, "deepseek_timeout", 10, 60)
     stream = _boolean(given, "stream")
-    data = {"inputs": {"messages": [_message(message) for message in messages]}, "parameters": parameters}
+    data = {"inputs": {"messages": messages}, "parameters": parameters}
     return ChatRequest(data, stream, _include_usage(given, stream=stream), commentary)
 
 
@@ -143,13 +141,6 @@ def _check_model(name: object, models: Collection[str]) -> None:
             code="model_not_found",
             status=404,
         )
-
-
-def _message(message: object) -> object:
-    """A message without the empty fields that OpenAI's own answers have; the handler judges the rest."""
-    if not isinstance(message, Mapping):
-        return message
-    return {name: value for name, value in message.items() if value or name not in EMPTY_IN_MESSAGES}
 
 
 def _max_tokens(given: Mapping[object, object]) -> int | None:

@@ -52,12 +52,11 @@ class ChatFieldError(RequestError):
         self.param, self.code, self.status = param, code, status
 
 
-def error_response(path: str, error: PulseError, model: str | None = None) -> Response:
+def error_response(path: str, error: PulseError, model: str) -> Response:
     """An error in the shape of the route that ``path`` belongs to, with its status and headers."""
     headers = retry_headers(error.status)
     if path in NATIVE_PATHS:
-        outcome = error_outcome(error, model) if model else error_outcome(error)
-        return JSONResponse([outcome.record], error.status, headers)
+        return JSONResponse([error_outcome(error, model).record], error.status, headers)
     if path.startswith(OPENAI_PREFIX):
         return JSONResponse(openai_error(error), openai_status(error), headers)
     return JSONResponse({"error": str(error)}, error.status, headers)

@@ -68,7 +68,8 @@ class Exchange:
             logger.error("request_id=%s %s", request_id, place_of(error))
             fault = PulseError(f"An internal error stopped this request (reference {request_id}).")
             if not response.status:
-                await error_response(scope["path"], fault)(scope, response.receive, response.send)
+                answer = error_response(scope["path"], fault, self._service.name_in_errors)
+                await answer(scope, response.receive, response.send)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             log = logger.debug if route in _QUIET else logger.info
@@ -132,8 +133,9 @@ class _Response:
 class BearerAuth:
     """Lets in who knows the token (RFC 6750), and everyone where none is set or the path is open to all."""
 
-    def __init__(self, app: ASGIApp, *, token: str, is_open: Callable[[str], bool]) -> None:
-        self._app, self._expected, self._is_open = app, f"Bearer {token}".encode(), is_open
+    def __init__(self, app: ASGIApp, *, service: Service, token: str, is_open: Callable[[str], bool]) -> None:
+        self._app, self._service, self._is_open = app, service, is_open
+        self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -141,7 +143,7 @@ class BearerAuth:
             await self._app(scope, receive, send)
             return
         error = UnauthorizedError("Send the server's token in the header 'Authorization: Bearer …'.")
-        await error_response(scope["path"], error)(scope, receive, send)
+        await error_response(scope["path"], error, self._service.name_in_errors)(scope, receive, send)
 
     def _authorized(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")

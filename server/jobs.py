@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive
 
-from pulse_ecg.call import Call, Outcome, Progress, error_outcome
+from pulse_ecg.call import Call, Outcome, Progress, error_outcome, unheard
 from pulse_ecg.cancellation import Cancellation
 from pulse_ecg.errors import DeadlineExceededError, PulseError, QueueFullError, place_of
 from server.errors import DisconnectedError, DrainingError
@@ -53,16 +53,33 @@ class Workers:
         return len(self._jobs)
 
     def start(
-        self, respond: Respond, *, request_id: str, deadline: float, receive: Receive, done: Callable[[], object]
+        self,
+        respond: Respond,
+        *,
+        request_id: str,
+        deadline: float,
+        model: str,
+        stream: bool,
+        receive: Receive,
+        done: Callable[[], object],
     ) -> Job:
-        """Begin to answer a request whose body has been read; ``done`` is called in the loop when its thread is free.
+        """Begin to answer a request whose body has been read.
+
+        Args:
+            respond: what the job's thread does.
+            request_id: its name in logs.
+            deadline: a reading of ``time.monotonic()`` by which it should be answered.
+            model: its name in an error record.
+            stream: tell how the answer grows, not its end alone.
+            receive: the request's, which tells of the caller's hanging up.
+            done: is called in the loop when the thread is free.
 
         Raises:
             QueueFullError: every thread is taken.
         """
         if len(self._jobs) >= self._threads:
             raise QueueFullError("Too many requests are being answered; try again in a few seconds.")
-        job = Job(request_id, deadline)
+        job = Job(request_id, deadline, model, stream=stream)
 
         def finished(_future: object) -> None:
             self._jobs.discard(job)
@@ -87,9 +104,10 @@ class Workers:
 class Job:
     """One request that is being answered.  ``take`` what it tells; ``close`` it in any case."""
 
-    def __init__(self, request_id: str, deadline: float) -> None:
+    def __init__(self, request_id: str, deadline: float, model: str, *, stream: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._request_id, self._deadline = request_id, deadline
+        self._request_id, self._deadline, self._model = request_id, deadline, model
+        self._listen = self._tell if stream else unheard  # the handler does less for who does not listen
         self._cancel = Cancellation()
         self._news: deque[News] = deque()
         self._woken = False  # a wake-up is on its way: the next one is saved
@@ -102,11 +120,11 @@ class Job:
     def run(self, respond: Respond) -> None:
         """Answer, and tell the loop."""
         try:
-            outcomes = respond(Call(self._request_id, self._cancel, self._deadline, self._tell))
-        except Exception as error:  # noqa: BLE001 - the thread's boundary; the handler has its own
+            outcomes = respond(Call(self._request_id, self._cancel, self._deadline, self._listen))
+        except BaseException as error:  # noqa: BLE001 - the thread's boundary; Rust's panics are no Exception
             logger.error("request_id=%s %s", self._request_id, place_of(error))
             fault = PulseError(f"An internal error stopped this request (reference {self._request_id}).")
-            outcomes = [error_outcome(fault)]
+            outcomes = [error_outcome(fault, self._model)]
         self._tell(Finished(outcomes))
 
     def _tell(self, news: News) -> None:

@@ -33,7 +33,7 @@ async def predict(request: Request) -> ASGIApp:
     """The records of one body, or the stream of one record."""
     with Answering(request) as answering:
         asked = native_request(request, await answering.body())
-        job = answering.start(asked.data)
+        job = answering.start(asked.data, stream=asked.stream)
         if not asked.stream:
             return _records(await job.outcomes())
         first = await job.take()
@@ -55,6 +55,8 @@ def native_request(request: Request, body: bytes) -> NativeRequest:
     elif kind == "application/json":
         data = parse_json(body)
         stream = data.pop("stream", None) if isinstance(data, dict) else None
+        if isinstance(data, dict):
+            data.pop("options", None)  # without effect in the contract: it need not be kept
     else:
         raise RequestError(f"The Content-Type is {excerpt(kind)}; accepted: application/json and image types.")
     if not isinstance(stream, bool | str | None) or stream not in _BOOLEANS:

@@ -26,8 +26,6 @@ from server.ui import ui_routes
 
 # Longer than the 60 s for which load balancers keep idle connections: the side that uses them should close them.
 _KEEP_ALIVE_S = 75
-# Of a request's head that is not complete; a whole one may be as large as one reading of the socket.
-_HEAD_BYTES = 32_768
 # What responses that are being sent may take after the last answer is there.
 _SENDING_S = 5
 # The thread with the event loop waits for the interpreter no longer than this beside threads that compute.
@@ -83,7 +81,6 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=_HEAD_BYTES,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_SENDING_S,
             )

@@ -7,8 +7,8 @@ from typing import Any, get_args
 from commentary.record import CommentaryStatus
 from pulse_ecg.call import DEFAULT_MODEL_NAME, HANDLER_NAME, PROCESSING_METHOD
 from pulse_ecg.params import MAX_STOP_STRINGS
-from pulse_ecg.request import DEFAULT_QUESTION, MAX_BATCH
-from server.chat_request import EMPTY_IN_MESSAGES, LEAST, MOST_TOKENS
+from pulse_ecg.request import DEFAULT_QUESTION, EMPTY_IN_MESSAGES, MAX_BATCH
+from server.chat_request import LEAST, MOST_TOKENS
 
 Schema = dict[str, Any]
 
@@ -143,8 +143,7 @@ SCHEMAS: Schema = {
         required=("type", "image_url"),
         more=True,
     ),
-    "Message": _object(_MESSAGE_FIELDS, required=("role", "content")),
-    "ChatMessage": _object(
+    "Message": _object(
         _MESSAGE_FIELDS | dict.fromkeys(sorted(EMPTY_IN_MESSAGES), _EMPTY),
         required=("role", "content"),
         description="A message; an answer may be sent back as it came.",
@@ -249,7 +248,7 @@ SCHEMAS |= {
     "ChatCompletionRequest": _object(
         {
             "model": _or_null(_text("A name of /v1/models; may be left out.")),
-            "messages": {"type": "array", "items": ref("ChatMessage"), "minItems": 1},
+            "messages": {"type": "array", "items": ref("Message"), "minItems": 1},
             "max_tokens": _or_null(_integer(1, description=f"More than {MOST_TOKENS} counts as {MOST_TOKENS}.")),
             "max_completion_tokens": _or_null(_integer(1, description="The same; it is the one that counts.")),
             "temperature": _or_null(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from pulse_ecg.call import DEFAULT_MODEL_NAME
 from pulse_ecg.config import Settings
 from pulse_ecg.errors import ModelLoadingError, PulseError, QueueFullError, place_of
 from server.body import BodyBudget
@@ -58,7 +59,7 @@ class Service:
         def work() -> None:
             try:
                 handler = load_handler(self.settings.model)
-            except Exception as error:  # noqa: BLE001 - a thread's boundary
+            except BaseException as error:  # noqa: BLE001 - a thread's boundary; Rust's panics are no Exception
                 known = isinstance(error, PulseError)
                 logger.error("The model could not be loaded: %s", error if known else place_of(error))
                 loop.call_soon_threadsafe(self._fail, failed)
@@ -100,6 +101,11 @@ class Service:
         if self._handler is None:
             raise ModelLoadingError("The model is being loaded; try again in a few seconds.")
         return self._handler.model_name
+
+    @property
+    def name_in_errors(self) -> str:
+        """What error records call the model: by its own name once that is known."""
+        return DEFAULT_MODEL_NAME if self._handler is None else self._handler.model_name
 
     @property
     def hub_name(self) -> str:

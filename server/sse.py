@@ -15,6 +15,8 @@ KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_S = 15.0
 # The last one keeps proxies such as nginx from collecting the events.
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+# JSON has no need to escape these; clients that split with `str.splitlines` take them for the ends of lines.
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 class Encoder(Protocol):
@@ -28,8 +30,9 @@ class Encoder(Protocol):
 
 
 def event(data: Any, name: str = "") -> bytes:
-    """One event; JSON escapes line breaks, so that ``data`` is one line."""
+    """One event; ``data`` is one line: JSON escapes control characters, and what else breaks lines is escaped here."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = text.translate(_ESCAPES)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n".encode()
 

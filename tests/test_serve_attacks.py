@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from unittest.mock import Mock
 
+import h11
 import pytest
 import requests
 
 from handler import EndpointHandler
 from server import exchange, sse
 from server.body import MAX_BODY_BYTES, SMALL_BODY_BYTES
-from server.protocol import MAX_PIPELINED_BYTES, BoundedProtocol
+from server.protocol import MAX_PIPELINED_BYTES, MEAN_CHUNK_BYTES, READ_BYTES, SPARE_CHUNKS, BoundedProtocol
 from tests.our_server import JSON, PATIENCE, OurServer, our_server, received, request, until
 
 PARAMETERS = {"max_new_tokens": 4, "do_sample": False, "enable_turkish_commentary": False}
@@ -133,6 +134,88 @@ def test_a_body_may_come_in_single_bytes(server: OurServer) -> None:
         for byte in request("/", BODY, TYPE, "Connection: close"):
             sock.sendall(bytes([byte]))
         assert status(received(sock, quiet=PATIENCE)) == 200
+
+
+# --- bodies in chunks
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parts of a request were made of each piece that came: what the loop has to do at once."""
+    made, next_event, data_received = list[int](), h11.Connection.next_event, BoundedProtocol.data_received
+
+    def count(conn: h11.Connection) -> object:
+        made[-1] += 1
+        return next_event(conn)
+
+    def receive(protocol: BoundedProtocol, data: bytes) -> None:
+        made.append(0)
+        data_received(protocol, data)
+
+    monkeypatch.setattr(h11.Connection, "next_event", count)
+    monkeypatch.setattr(BoundedProtocol, "data_received", receive)
+    return made
+
+
+def chunked(path: str = "/", *headers: str) -> bytes:
+    """The head of a request whose body comes in chunks."""
+    head = [f"POST {path} HTTP/1.1", "Host: x", TYPE, *headers, "Transfer-Encoding: chunked", "", ""]
+    return "\r\n".join(head).encode()
+
+
+def chunks(body: bytes, size: int) -> bytes:
+    pieces = (body[start : start + size] for start in range(0, len(body), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize(("path", "token"), [("/", False), ("/nowhere", False), ("/", True)])
+def test_an_endless_body_in_crumbs_is_cut_off_and_never_keeps_the_loop_for_long(
+    request: pytest.FixtureRequest, events: list[int], path: str, token: bool, size: int
+) -> None:
+    """Whether it is read, or is read past after the answer, which needs no token."""
+    server: OurServer = request.getfixturevalue("guarded" if token else "server")
+    crumbs = chunks(b"a" * size * 1000, size).removesuffix(b"0\r\n\r\n")
+    with server.connect() as sock, contextlib.suppress(ConnectionError):
+        sock.sendall(chunked(path))
+        for _ in range(1000):
+            sock.sendall(crumbs)
+        raise AssertionError("it was all taken in")
+    server.quiet()
+    assert max(events) < READ_BYTES / 6 + 10
+    assert sum(events) < 2 * SPARE_CHUNKS
+
+
+def test_who_sends_one_crumb_too_many_is_told(server: OurServer) -> None:
+    crumbs = SPARE_CHUNKS * MEAN_CHUNK_BYTES // (MEAN_CHUNK_BYTES - 1)
+    body = BODY.ljust(crumbs)
+    assert status(server.exchange(chunked("/", "Connection: close") + chunks(body, 1))) == 200
+    more = chunks(body + b"  ", 1).removesuffix(b"0\r\n\r\n")
+    assert status(server.exchange(chunked() + more)) == 400
+
+
+def test_a_body_in_chunks_of_a_hundred_bytes_may_be_large(server: OurServer) -> None:
+    body = BODY.ljust(3 * 100 * SPARE_CHUNKS)
+    with server.connect() as sock:
+        sock.sendall(chunked("/", "Connection: close") + chunks(body, 100))
+        assert status(received(sock, quiet=PATIENCE)) == 200
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_malformed_chunk_after_the_answer_ends_the_connection_in_silence(
+    server: OurServer, caplog: pytest.LogCaptureFixture, at_once: bool
+) -> None:
+    with server.connect() as sock:
+        sock.sendall(chunked("/nowhere") + b"zz\r\n" * at_once)
+        if not at_once:
+            assert select.select([sock], [], [], PATIENCE)[0]
+            sock.sendall(b"zz\r\n")
+        started = time.monotonic()
+        reply = received(sock, quiet=PATIENCE)
+    assert (status(reply), reply.count(b"HTTP/1.1")) == (400 if at_once else 404, 1)
+    assert time.monotonic() - started < exchange.LINGER_S / 2
+    server.quiet()
+    assert [record.message for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
 def test_compressed_bodies_are_refused(server: OurServer) -> None:
@@ -377,6 +460,7 @@ def test_without_the_token_nothing_is_answered(guarded: OurServer, method: str, 
         answer = response.json()
         shape = answer[0] if path in ("/", "/predict") else answer
         assert "token" in json.dumps(shape["error"])
+        assert path not in ("/", "/predict") or shape["model"] == guarded.service.model_name
     headers = {"Authorization": "bearer  sesame-7", **JSON}
     assert requests.request(method, guarded.url + path, headers=headers, data=BODY, timeout=PATIENCE).status_code != 401
 

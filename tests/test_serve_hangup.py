@@ -13,6 +13,7 @@ import pytest
 
 from handler import EndpointHandler
 from pulse_ecg.admission import Admission
+from pulse_ecg.generation import Answer, Timings
 from tests.our_server import PATIENCE, OurServer, our_server, request, until
 from tests.servers import ImageHost, silent
 from utils import Commentary
@@ -22,34 +23,25 @@ TYPE = "Content-Type: application/json"
 
 
 class Paced:
-    """The analyzer's streams, each token of which the test lets through."""
+    """The engine, each token of which the test lets through; ``cancels`` are those of the answers asked for."""
 
-    def __init__(self, handler: EndpointHandler) -> None:
-        self._stream = handler._analyzer.stream
+    def __init__(self, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tokens = threading.Semaphore(0)
         self.let_through = 0
         self.cancels: list[Any] = []
+        stream, push = handler._analyzer.stream, Answer.push
 
-    def __call__(self, prepared: Any, **options: Any) -> Any:
-        self.cancels.append(options["cancel"])
-        return _PacedStream(self, self._stream(prepared, **options))
+        def paced_stream(prepared: Any, **options: Any) -> Any:
+            self.cancels.append(options["cancel"])
+            return stream(prepared, **options)
 
+        def paced_push(answer: Answer, token_id: int, timings: Timings) -> bool:
+            assert self.tokens.acquire(timeout=PATIENCE)
+            self.let_through += 1
+            return push(answer, token_id, timings)
 
-class _PacedStream:
-    def __init__(self, paced: Paced, inner: Any) -> None:
-        self._paced, self._inner = paced, inner
-
-    def __iter__(self) -> Iterator[Any]:
-        steps = iter(self._inner)
-        while True:
-            assert self._paced.tokens.acquire(timeout=PATIENCE)
-            if (step := next(steps, None)) is None:
-                return
-            self._paced.let_through += 1
-            yield step
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        monkeypatch.setattr(handler._analyzer, "stream", paced_stream)
+        monkeypatch.setattr(Answer, "push", paced_push)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +52,7 @@ def server(handler: EndpointHandler) -> Iterator[OurServer]:
 
 @pytest.fixture
 def paced(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
-    pace = Paced(handler)
-    monkeypatch.setattr(handler._analyzer, "stream", pace)
+    pace = Paced(handler, monkeypatch)
     monkeypatch.setattr(handler, "_admission", Admission(1, 1))
     yield pace
     pace.tokens.release(10_000)
@@ -151,7 +142,8 @@ def test_while_queued(server: OurServer, handler: EndpointHandler, paced: Paced)
                 until(lambda: not handler.admission.full)
                 until(lambda: server.service.workers.busy == 1)  # nor does its thread wait any longer
         assert handler.admission.running == 1
-    paced.tokens.release()
+    assert paced.cancels[0].wait(PATIENCE)
+    paced.tokens.release(2)  # the turn that ends its prompt also begins its answer
     server.quiet()
     assert len(paced.cancels) == 1  # the model was asked for the first alone
 
@@ -168,8 +160,7 @@ def test_while_its_image_is_fetched(
             sock.sendall(native({"image": host.url()}))
             until(lambda: host.requests)
             assert handler.admission.full
-        until(lambda: not handler.admission.full)  # while its thread still waits for the host
-        assert server.service.workers.busy
+        until(lambda: not handler.admission.full)
         answered = server.post("/", {"inputs": "Rate?", "parameters": LONG | {"max_new_tokens": 1}})
         assert answered.status_code == 200
         server.quiet()

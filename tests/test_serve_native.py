@@ -146,7 +146,7 @@ def test_malformed_bodies_are_400_in_the_routes_own_shape(server: OurServer, pat
     if path == "/":
         [record] = response.json()
         assert list(record) == ERROR_FIELDS
-        assert record["success"] is False
+        assert (record["success"], record["model"]) == (False, server.service.model_name)
         message = record["error"]
     else:
         error = response.json()["error"]
@@ -226,6 +226,7 @@ def test_a_fault_of_ours_is_500_and_leaves_no_trace_of_what_was_sent(
                 patched.setattr(place, name, broken)
                 response = server.post(path, data, headers={**JSON, "X-Request-Id": "trace-5"})
             assert response.status_code == 500
+            assert path != "/" or response.json()[0]["model"] == handler.model_name
             assert "reference trace-5" in response.text
             assert "request_id=trace-5 RuntimeError at test_serve_native.py" in caplog.text
     assert "Jane" not in caplog.text
@@ -233,7 +234,50 @@ def test_a_fault_of_ours_is_500_and_leaves_no_trace_of_what_was_sent(
     assert server.post("/", body()).status_code == 200
 
 
+def test_a_panic_of_a_library_ends_one_request(
+    server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of Rust's libraries are no ``Exception``."""
+
+    def panic(*_args: object, **_options: object) -> None:
+        raise BaseException("patient Jane Doe")
+
+    monkeypatch.setattr(handler, "_report", panic)
+    response = server.post("/", body("Jane"), headers={**JSON, "X-Request-Id": "trace-5"})
+    [record] = response.json()
+    assert (response.status_code, record["model"]) == (500, handler.model_name)
+    assert "reference trace-5" in record["error"]
+    assert "request_id=trace-5 BaseException at test_serve_native.py" in caplog.text
+    assert "Jane" not in caplog.text
+
+
 # --- the stream
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_an_answer_that_is_not_streamed_is_computed_whole(
+    server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """That costs the engine less."""
+    whole, stream = list[bool](), handler._analyzer.stream
+
+    def watched(*args: Any, **options: Any) -> Any:
+        whole.append(options["whole"])
+        return stream(*args, **options)
+
+    monkeypatch.setattr(handler._analyzer, "stream", watched)
+    data = body() if path == "/" else {"messages": [{"role": "user", "content": "Rate?"}], "max_tokens": 4}
+    for streamed in (False, True):
+        assert server.post(path, {**data, "stream": streamed}).status_code == 200
+    assert whole == [True, False]
+
+
+def test_an_event_has_one_line_whatever_a_reader_takes_for_its_end() -> None:
+    """Hugging Face's client, for one, splits as ``str.splitlines`` does."""
+    text = "".join(map(chr, range(0x3000))) + "\U0001fac0"
+    [name, data, end] = sse.event({"text": text}, "text").decode().splitlines()
+    assert (name, json.loads(data.removeprefix("data: ")), end) == ("event: text", {"text": text}, "")
+    assert "ğüşıöç".encode() in sse.event({"text": "ğüşıöç"})
 
 
 def test_a_stream_tells_the_record_piece_by_piece(server: OurServer, handler: EndpointHandler) -> None:
@@ -408,6 +452,36 @@ def test_no_more_is_kept_of_bodies_than_there_is_memory_for(server: OurServer, m
     assert server.service.bodies._left == 1000
 
 
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize("path", ["/", "/v1/chat/completions"])
+def test_memory_for_a_body_is_what_its_text_takes_there(
+    server: OurServer, monkeypatch: pytest.MonkeyPatch, path: str, escaped: bool
+) -> None:
+    """One emoji makes each character of its string take four bytes; beside it, an image's base64 takes one."""
+    server.quiet()
+    monkeypatch.setattr(server.service.bodies, "_left", 3 * SMALL_BODY_BYTES)
+
+    def status(question: str, image: str) -> int:
+        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image}}]
+        messages = [{"role": "user", "content": content}]
+        data = {"messages": messages} if path != "/" else {"inputs": {"messages": messages}}
+        return server.post(path, json.dumps(data, ensure_ascii=escaped).encode()).status_code
+
+    assert status("\U0001fac0" + "x" * SMALL_BODY_BYTES, "") == 429
+    assert status("\U0001fac0", "data:image/png;base64," + "%" * SMALL_BODY_BYTES) in (400, 422)
+    server.quiet()
+    assert server.service.bodies._left == 3 * SMALL_BODY_BYTES
+
+
+def test_what_has_no_effect_is_not_kept(
+    server: OurServer, handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, respond = list[Any](), handler.respond
+    monkeypatch.setattr(handler, "respond", lambda data, call: given.append(data) or respond(data, call))
+    assert server.post("/", {**body(), "options": {"use_cache": False}}).status_code == 200
+    assert given == [body()]
+
+
 def test_past_its_time_a_request_is_504(handler: EndpointHandler) -> None:
     with our_server(handler, request_timeout=0.05) as server:
         data = body(max_new_tokens=2000, stop=[])
@@ -423,7 +497,9 @@ def test_past_its_time_a_request_is_504(handler: EndpointHandler) -> None:
 def test_a_stuck_handler_does_not_keep_the_caller(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     go, prepare = threading.Event(), handler._analyzer.prepare
     monkeypatch.setattr("server.jobs.GRACE_S", 0.1)
-    monkeypatch.setattr(handler._analyzer, "prepare", lambda request: go.wait(PATIENCE) and prepare(request))
+    monkeypatch.setattr(
+        handler._analyzer, "prepare", lambda *request, **how: go.wait(PATIENCE) and prepare(*request, **how)
+    )
     with our_server(handler, request_timeout=0.2) as server:
         response = server.post("/", body())
         assert (response.status_code, response.json()[0]["error"][:10]) == (504, "The answer")

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from handler import EndpointHandler
+from pulse_ecg.call import DEFAULT_MODEL_NAME
 from pulse_ecg.errors import ImageError
 from server.ui import ui_routes
 from tests.our_server import (
@@ -102,6 +103,22 @@ def test_a_model_that_does_not_answer_is_not_served(handler: EndpointHandler, mo
         broken.setattr(handler._analyzer, "stream", lambda *_, **__: 1 / 0)
         with pytest.raises(Exception, match="internal error"):
             service.load_handler("")
+
+
+def test_a_panic_while_loading_ends_the_server(handler: EndpointHandler, caplog: pytest.LogCaptureFixture) -> None:
+    """It would say for ever that the model is being loaded."""
+    go = threading.Event()
+
+    def load(_model: str) -> EndpointHandler:
+        assert go.wait(PATIENCE)
+        raise BaseException("/srv/secret")  # as a Rust library's panic: no Exception
+
+    with our_server(handler, load=load) as server:
+        assert server.post("/", {"inputs": "Rate?"}).json()[0]["model"] == DEFAULT_MODEL_NAME
+        go.set()
+        until(lambda: server.service.failed and server.server.should_exit, patience=10)
+    assert "The model could not be loaded: BaseException at test_serve_process.py" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_hub_id_is_not_answered_by_weights_beside_the_handler(
@@ -200,7 +217,7 @@ def test_a_second_signal_stops_at_once(handler: EndpointHandler, monkeypatch: py
     """Though a request is at work that would take as long as the first signal waits for it."""
     go, at_work = threading.Event(), threading.Event()
 
-    def slow(request: Any) -> Any:
+    def slow(request: Any, **how: Any) -> Any:
         at_work.set()
         assert go.wait(PATIENCE)
         raise ImageError("It was let go.")

@@ -42,6 +42,17 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     revision: str
+    added_ids: frozenset[int] = frozenset()
+    """Special tokens that ``tokenizer_config.json`` adds to the pieces of ``tokenizer.model``."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many of the logits are tokens' own: the table may be padded to more rows, which stand for nothing.
+
+        The official code cuts them off: ``resize_token_embeddings(len(tokenizer))``.
+        """
+        ids = {self.tokenizer.size - 1, *self.added_ids, *self.config.eos_ids}
+        return min(max(ids) + 1, self.config.llama.vocab_size)
 
     def device_memory(self) -> dict[str, float]:
         """Bytes on the model's GPU by kind; empty without one."""
@@ -92,7 +103,12 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
         *(config.name, len(stored), len(files), device, dtype),
         f", the decoder's linear layers as {settings.quantization}" if quantized else "",
     )
-    return LoadedModel(network, folder, tokenizer, config, device, dtype, revision)
+    return LoadedModel(network, folder, tokenizer, config, device, dtype, revision, _added_ids(folder))
+
+
+def _added_ids(folder: Path) -> frozenset[int]:
+    file = folder / "tokenizer_config.json"
+    return frozenset(map(int, read_json(file).get("added_tokens_decoder", {}) if file.is_file() else ()))
 
 
 def placement(settings: Settings) -> tuple[torch.device, torch.dtype]:

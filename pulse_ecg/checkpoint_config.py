@@ -76,7 +76,7 @@ class CheckpointConfig:
             )
         _refuse_unsupported(raw)
         try:
-            llama = LlamaConfig(**{key: raw[key] for key in _LLAMA_KEYS if raw.get(key) is not None})
+            llama = LlamaConfig(**_llama(raw))
             vision, processor = _tower(folder, str(raw.get("mm_vision_tower", "")))
             config = cls(
                 llama=llama,
@@ -134,17 +134,49 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         expected = _KINDS.get(key, int)
         if value is not None and (not isinstance(value, expected) or isinstance(value, bool) != (expected is bool)):
             raise CheckpointError(f"config.json: {key} is {excerpt(value)}, which is of the wrong type.")
+    if raw.get("rope_scaling") is not None:
+        _refuse_unsupported_scaling(raw["rope_scaling"])
 
 
+_NUMBER = (int, float)
 _KINDS: Mapping[str, Any] = {
     "hidden_act": str,
-    "rms_norm_eps": (int, float),
-    "rope_theta": (int, float),
+    "rms_norm_eps": _NUMBER,
+    "rope_theta": _NUMBER,
     "rope_scaling": dict,
     "attention_bias": bool,
     "mlp_bias": bool,
     "tie_word_embeddings": bool,
 }
+# With the numbers that each needs.  Not "dynamic" and "longrope", whose frequencies depend on the longest answer of a
+# batch, and not "yarn", which transformers 4 and 5 compute differently.
+_SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _refuse_unsupported_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    given = {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
+    numbers = _SCALINGS.get(kind) if isinstance(kind, str) and scaling.get("type", kind) == kind else None
+    if numbers is None or given.keys() != set(numbers) or not all(map(_positive, given.values())):
+        accepted = "; ".join(f"'{name}' with {', '.join(keys) or 'nothing'}" for name, keys in _SCALINGS.items())
+        raise CheckpointError(
+            f"config.json: rope_scaling is of the type {excerpt(kind)} with {excerpt(', '.join(given), 64)}; accepted: "
+            f"null; {accepted}, all of them positive numbers."
+        )
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of transformers' config, which takes no integer for a float."""
+    given = {key: raw[key] for key in _LLAMA_KEYS if raw.get(key) is not None}
+    return {key: float(value) if _KINDS.get(key) == _NUMBER else value for key, value in given.items()}
 
 
 def _tower(folder: Path, name: str) -> tuple[CLIPVisionConfig, dict[str, Any]]:

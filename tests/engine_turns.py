@@ -45,14 +45,18 @@ LONG = "Please consider every lead in turn and say what you see. " * 18
 
 
 def load_engine_model(kind: str) -> LoadedModel:
-    """A random model whose images take up to 720 positions; of the kind "grouped", with fewer heads for keys."""
+    """A random model whose images take up to 720 positions.
+
+    Of the kind "grouped" it has fewer heads for keys, of the kind "padded" a table with more rows than tokens.
+    """
     shapes = {
         "flat": CheckpointShape(layers=2, patch_size=28, positions=2048),
         "grouped": CheckpointShape(layers=2, patch_size=28, positions=2048, heads=4, kv_heads=2),
+        "padded": CheckpointShape(layers=2, patch_size=28, positions=2048, vocab=800),
     }
     with tempfile.TemporaryDirectory() as folder:
         path = build_checkpoint(
-            Path(folder) / "model", shape=shapes[kind], merge_type="flat" if kind == "flat" else "spatial_unpad"
+            Path(folder) / "model", shape=shapes[kind], merge_type="spatial_unpad" if kind == "grouped" else "flat"
         )
         return load_model(path, Settings(device="cpu"))
 

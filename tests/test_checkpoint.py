@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from demo.build_checkpoint import build_checkpoint
+from demo.random_weights import CheckpointShape
 from pulse_ecg import checkpoint
 from pulse_ecg.checkpoint import LoadedModel, load_model
 from pulse_ecg.checkpoint_config import CheckpointConfig
@@ -236,6 +237,85 @@ def test_a_config_that_fits_no_model_is_refused(values: dict[str, object], named
 def test_the_default_rotation_may_be_named_as_transformers_5_does(folder: Path) -> None:
     edit_config(folder, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
     assert load_model(folder, CPU).config.context_length
+
+
+LLAMA_3 = {"factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "fastest", "slowest"),
+    [
+        (None, 1, 1),
+        ({"type": "default"}, 1, 1),
+        ({"type": "linear", "factor": 2.0}, 2, 2),
+        ({"rope_type": "linear", "factor": 4}, 4, 4),
+        ({"type": "linear", "rope_type": "linear", "factor": 2.5}, 2.5, 2.5),
+        ({"rope_type": "llama3"} | LLAMA_3, 1, 8),
+    ],
+    ids=str,
+)
+def test_a_scaled_rotation_does_not_depend_on_company(
+    scaling: dict[str, object] | None, fastest: float, slowest: float, folder: Path
+) -> None:
+    """Whichever transformers is installed; the frequencies are divided by what the kind of scaling says."""
+    edit_config(folder, rope_scaling=scaling)
+    rotary = load_model(folder, CPU).network.language_model.model.rotary_emb
+    plain = 1 / 10_000 ** (torch.arange(0, 64, 2) / 64)
+    torch.testing.assert_close(rotary.inv_freq[[0, -1]], plain[[0, -1]] / torch.tensor([fastest, slowest]))
+    alone, together = (rotary(torch.zeros(1), torch.tensor([rows]).T) for rows in ([5], [5, 4095]))
+    for mine, joint in zip(alone, together, strict=True):
+        assert torch.equal(mine[0], joint[0])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {},
+        {"factor": 2.0},
+        {"type": "linear"},
+        {"type": "linear", "factor": "2"},
+        {"type": "linear", "factor": True},
+        {"type": "linear", "factor": 0},
+        {"type": "linear", "factor": float("nan")},
+        {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        {"type": "linear", "rope_type": "default", "factor": 2.0},
+        {"type": ["linear"], "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+        {"rope_type": "llama3", "factor": 8.0},
+    ],
+    ids=str,
+)
+def test_another_scaling_is_refused_with_what_is_accepted(scaling: dict[str, object], folder: Path) -> None:
+    edit_config(folder, rope_scaling=scaling)
+    with pytest.raises(CheckpointError, match="rope_scaling is of the type .* accepted: null; .*'linear' with factor"):
+        load_model(folder, CPU)
+
+
+def test_a_number_may_be_written_without_a_point(folder: Path) -> None:
+    edit_config(folder, rms_norm_eps=1, rope_theta=500_000)
+    norm = load_model(folder, CPU).network.language_model.model.norm
+    assert norm.variance_epsilon == 1.0
+
+
+@pytest.mark.parametrize(
+    ("added", "eos", "count"),
+    [({}, 2, 768), ({"2": True, "770": True}, 2, 771), ({}, [2, 775], 776), ({}, 5000, 800)],
+    ids=str,
+)
+def test_rows_of_a_padded_table_are_no_tokens(
+    added: dict[str, bool], eos: int | list[int], count: int, tmp_path: Path
+) -> None:
+    """Its 800 rows count as far as the tokenizer, special tokens that are added to it and ends of answers go."""
+    folder = build_checkpoint(tmp_path / "padded", shape=CheckpointShape(vocab=800))
+    file = folder / "tokenizer_config.json"
+    decoder = {i: {"content": f"<{i}>", "special": special} for i, special in added.items()}
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"added_tokens_decoder": decoder}), "utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}), "utf-8")
+    assert load_model(folder, CPU).vocabulary == count
+    file.unlink()
+    assert load_model(folder, CPU).vocabulary == (768 if added else count)
 
 
 @pytest.mark.parametrize("step", ["do_resize", "do_center_crop", "do_rescale", "do_normalize"])

@@ -60,6 +60,17 @@ def test_alone_it_is_the_answer_of_transformers_own_generate(kind: str) -> None:
         assert ours.token_ids == theirs[0].tolist()
 
 
+def test_what_is_no_token_is_never_said() -> None:
+    """Though a table's padding be likelier than all else: it would be text that nobody sees, up to the limit."""
+    model = load_engine_model("padded")
+    expected = answered(SteppedEngine(model, slots=2), [ask_about(model, "Rate?"), asks("flat")["sampled"]])
+    model = load_engine_model("padded")
+    model.network.language_model.lm_head.weight[model.vocabulary :, 0] = 40.0
+    found = answered(SteppedEngine(model, slots=2), [ask_about(model, "Rate?"), asks("flat")["sampled"]])
+    assert found == expected
+    assert all(max(answer.token_ids) < model.tokenizer.size for answer in found)
+
+
 def test_the_requests_of_these_tests_are_answered_differently() -> None:
     """Else a mix-up would go unnoticed."""
     for kind in KINDS:

@@ -112,6 +112,8 @@ def test_what_goes_wrong_with_one_prompt_ends_that_answer_alone(
 ) -> None:
     """Of three that run, the second (an image) fails: before, in and after its prompt's chunks."""
     stage, *times = where
+    if error is gpu_memory and stage in ("tower", "prefill"):
+        times.append(times[-1] + 1)  # these are tried once more
     engine = SteppedEngine(engine_model(FLAT), slots=3, ahead=ahead)
     engine.hook = Fault(stage, error, *times, slot=None if stage in ("embed", "tower") else 1)
     names = ("short", "image", "small image")
@@ -144,7 +146,7 @@ def test_a_bug_in_remembering_an_image_ends_that_answer_alone() -> None:
 
 @pytest.mark.parametrize("stage", ["decode", "prefill"])
 def test_an_engine_whose_device_is_lost_says_so_and_refuses(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call fails from then on: those who wait are told at once, and a health check can have it replaced."""
+    """Every call fails from then on: those who wait are told untried, and a health check can have it replaced."""
 
     def broken() -> Exception:
         return RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -154,7 +156,8 @@ def test_an_engine_whose_device_is_lost_says_so_and_refuses(stage: str, monkeypa
     engine.hook = Fault(stage, broken, *range(1, 50))
     assert engine.alive
     found = answered(engine, [asks(FLAT)[name] for name in ("short", "sampled", "long")])
-    assert all(isinstance(f.error, RuntimeError | EngineStoppedError) and not f.token_ids[1:] for f in found)
+    assert all(isinstance(f.error, EngineStoppedError) and not f.token_ids[1:] for f in found)
+    assert engine.count("prefill") == 2, "who waits is not tried"
     assert not engine.alive
     with pytest.raises(EngineStoppedError, match="started anew"):
         answered(engine, [asks(FLAT)["short"]])
@@ -163,8 +166,28 @@ def test_an_engine_whose_device_is_lost_says_so_and_refuses(stage: str, monkeypa
 @pytest.mark.parametrize("error", [gpu_memory, cpu_memory, driver_memory])
 def test_every_library_has_its_own_words_for_no_memory(error: Callable[[], Exception]) -> None:
     engine = SteppedEngine(engine_model(FLAT), slots=1)
-    engine.hook = Fault("prefill", error, 1)
+    engine.hook = Fault("prefill", error, 1, 2)
     assert isinstance(answered(engine, [asks(FLAT)["short"]])[0].error, OutOfMemoryError)
+
+
+@pytest.mark.parametrize("stage", ["tower", "prefill"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_remembered_makes_room_before_an_answer_fails(stage: str, ahead: bool) -> None:
+    """And what the failed try computed is gone: an exception holds its frames, and these their tensors."""
+    engine, tensors = SteppedEngine(engine_model(FLAT), slots=2, ahead=ahead), list[Any]()
+    assert answered(engine, [asks(FLAT)["same size"]]) == [alone(FLAT, "same size")]
+
+    def no_room_beside_memories(reached: str, known: Any) -> None:
+        if reached == stage and engine._prefixes._copies.bytes + engine._encoder._remembered.bytes:
+            activations = torch.zeros(1000)
+            tensors.append(weakref.ref(activations))
+            raise gpu_memory()
+        assert [activations() for activations in tensors] == [None] * len(tensors)
+
+    engine.hook = no_room_beside_memories
+    names = ("image", "short")
+    assert answered(engine, [asks(FLAT)[name] for name in names]) == [alone(FLAT, name) for name in names]
+    assert tensors
 
 
 @pytest.mark.parametrize("ahead", [False, True])

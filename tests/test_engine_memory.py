@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import threading
 import weakref
 from collections import OrderedDict
@@ -17,14 +18,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
 from pulse_ecg.analyzer import EcgAnalyzer
-from pulse_ecg.engine import memory, scheduler
+from pulse_ecg.engine import memory, scheduler, vision
 from pulse_ecg.engine.lru import Lru
 from pulse_ecg.engine.memory import free_bytes, plan
 from pulse_ecg.engine.prefixes import PrefixCache, prefix_key, prefix_length
 from pulse_ecg.engine.scheduler import TransformersEngine
-from pulse_ecg.engine.slots import KeyValueSlots
+from pulse_ecg.engine.slots import KeyValueSlots, slot_bytes
 from pulse_ecg.engine.vision import TILES_PER_PASS, ImageEncoder, first_pass
 from pulse_ecg.fetch import FetchPolicy
 from pulse_ecg.generation import TextGenerator
@@ -100,6 +102,26 @@ def test_a_prefix_is_known_by_its_image_and_all_that_stands_before_it() -> None:
     engine = SteppedEngine(engine_model(FLAT), slots=2)
     for name in ("image", "same size", "other system", "image"):
         assert answered(engine, [asks(FLAT)[name]]) == [alone(FLAT, name)]
+
+
+def test_images_that_prompts_hold_are_bounded_though_they_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of many waiting questions could keep embeddings of its own on the device."""
+    image = asks(FLAT)["small image"].prompt.image
+    assert image is not None
+    encoder, tensors, held = ImageEncoder(engine_model(FLAT)), list[Any](), list[Any]()
+    size = len(image.order) * engine_model(FLAT).config.llama.hidden_size * 4
+    encoder._remembered = Lru(max_bytes=2 * size, max_entries=9)
+    monkeypatch.setattr(vision, "_RECALLED_BYTES", 3 * size)
+    for number in range(9):
+        with torch.inference_mode():
+            tensors.append(weakref.ref(encoder.encode([replace(image, key=str(number))])[0]))
+        held += [encoder.recall(str(number)), encoder.recall(str(number))]
+        assert sum(tensor().nbytes for tensor in tensors if tensor() is not None) <= (2 + 3) * size
+    assert [prompt is not None for prompt in held] == [True] * 6 + [False] * 12
+    assert held[0] is held[1] is encoder.recall("0"), "as long as it is held anyway"
+    assert encoder.recall("8") is None
+    del held[:2]
+    assert encoder.recall("8") is not None and encoder.recall("0") is None
 
 
 def test_what_was_forgotten_is_computed_again() -> None:
@@ -267,6 +289,28 @@ def test_an_engine_with_memory_for_one_answers_all(monkeypatch: pytest.MonkeyPat
     assert answered(engine, [asks(FLAT)[name] for name in names]) == [alone(FLAT, name) for name in names]
     monkeypatch.undo()
     assert TransformersEngine(engine_model(FLAT), max_slots=5).slots.count == 5
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="Linux alone tells")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_slots_take_memory_as_they_are_written(dtype: torch.dtype) -> None:
+    config = LlamaConfig(hidden_size=1024, num_attention_heads=8, num_hidden_layers=2)
+    slot, before = slot_bytes(config, 4096, dtype), resident_bytes()
+    slots = KeyValueSlots(config, count=8, positions=4096, device=CPU, dtype=dtype)
+    tensors = (*slots.keys_SHLD, *slots.values_SHLD)
+    slots.clear(7)
+    assert not any(tensor[7].any() for tensor in tensors)
+    assert resident_bytes() - before < slot / 2
+    for tensor in tensors:
+        tensor[0] = 1
+    assert resident_bytes() - before < 1.5 * slot
+    slots.filled[0] = 4096
+    slots.clear(0)
+    assert not any(tensor[0].any() for tensor in tensors)
 
 
 # --- nothing is left behind

@@ -124,6 +124,16 @@ def test_which_tokens_can_be_drawn(plain: GenerationParams, how: dict[str, objec
     assert set(drawn(plain.updated(how), [1.0, 0.0, -0.5, 2.0, -0.6], 400)) == possible
 
 
+@pytest.mark.parametrize("how", [{}, {"do_sample": False}, {"top_k": 0, "top_p": 1}, {"top_k": 99, "temperature": 2}])
+def test_logits_that_are_no_tokens_are_not_there(default_params: GenerationParams, how: dict[str, object]) -> None:
+    """The rows that pad a table are cut off, as in the official code: nothing else is drawn either."""
+    params, logits = default_params.updated(how), torch.tensor([1.0, 0.0, -0.5, 2.0, -0.6])
+    padded = torch.cat([logits, torch.full((3,), 50.0)])
+    sampler = BatchSampler(1, vocabulary=5, bos_id=BOS, device=CPU)
+    sampler.begin(0, params, 7)
+    assert [int(sampler.choose(padded[None], [0])) for _ in range(60)] == drawn(params, logits, 60, seed=7)
+
+
 # --- against transformers itself
 
 

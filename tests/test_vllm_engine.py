@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -16,7 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from demo.build_checkpoint import build_checkpoint
+from demo.random_weights import CheckpointShape
 from handler import EndpointHandler
 from pulse_ecg.checkpoint import load_model
 from pulse_ecg.config import Settings
@@ -24,9 +28,11 @@ from pulse_ecg.engine.slots import slot_bytes
 from pulse_ecg.engines import start_engine
 from pulse_ecg.errors import ConfigurationError, EngineStoppedError
 from pulse_ecg.params import load_defaults
+from pulse_ecg.request import parse_input
 from tests.conftest import ROOT
-from tests.engines import VLLM_ARGS, settings_for
+from tests.engines import VLLM_ARGS, running, settings_for
 from tests.our_server import our_server, server_process, until
+from tests.test_checkpoint import edit_tensors
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -86,6 +92,36 @@ def test_the_largest_top_k_is_answered_and_nothing_is_left_of_it(on_vllm: Endpoi
     [outcome] = on_vllm.respond({"inputs": "Rate?", "parameters": GREEDY | parameters})
     assert outcome.status == 200
     assert not engine_of(on_vllm)._llm.output_processor.request_states
+
+
+def test_what_is_no_token_is_never_said(tmp_path: Path) -> None:
+    """Of a padded table vLLM has the tokens' rows alone; the others are the likeliest here."""
+    folder = build_checkpoint(tmp_path / "padded", shape=CheckpointShape(vocab=800))
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"][768:, 0].fill_(40.0))
+    params = load_defaults(ROOT).updated({"do_sample": False, "max_new_tokens": 16})
+    said = list[list[int]]()
+    for engine in ("vllm", "transformers"):
+        with running(engine, folder) as analyzer:
+            said.append(analyzer.analyze(parse_input("Rate?", params)).generation.token_ids)
+    assert said[0] == said[1]
+    assert max(said[0]) < 768
+
+
+def test_memory_that_ran_out_is_what_was_remembered(
+    on_vllm: EndpointHandler, sample_png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(on_vllm)
+    image = {"image": "data:image/png;base64," + base64.b64encode(sample_png).decode(), "query": "Rate?"}
+    assert [outcome.status for outcome in on_vllm.respond({"inputs": image, "parameters": GREEDY})] == [200]
+    assert len(engine._encoder._remembered) == 1
+
+    def no_room(request: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_embed", no_room)
+        assert [outcome.status for outcome in on_vllm.respond({"inputs": image, "parameters": GREEDY})] == [503]
+    assert len(engine._encoder._remembered) == 0
 
 
 # --- arguments

@@ -40,7 +40,7 @@ class BatchSampler:
     """
 
     def __init__(self, slots: int, *, vocabulary: int, bos_id: int, device: torch.device) -> None:
-        """``vocabulary`` is the number of logits."""
+        """``vocabulary`` is how many of the logits are tokens' own, from the first on: no other id is chosen."""
         self._seen_SV = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
         self._true = torch.ones((), dtype=torch.bool, device=device)  # Python's own would be copied, and waited for
         self._params: list[GenerationParams | None] = [None] * slots
@@ -61,7 +61,7 @@ class BatchSampler:
     def choose(self, logits_BV: Tensor, slots: Sequence[int]) -> Tensor:
         """The next token of each row, ``(B,)`` on the logits' device; row ``i`` is the answer in ``slots[i]``."""
         rows = self._rows(tuple(slots))
-        scores = logits_BV.float()
+        scores = logits_BV[:, : self._vocabulary].float()
         if rows.penalty is not None:
             penalised = torch.where(scores < 0, scores * rows.penalty, scores / rows.penalty)
             scores = torch.where(self._seen_SV[rows.slots_B], penalised, scores)

@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Event, Thread
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -35,6 +36,8 @@ from pulse_ecg.errors import EngineStoppedError, OutOfMemoryError
 from pulse_ecg.generation import Answer, EncodedPrompt, ImagePrompt, Timings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LOST = "The device has failed and answers nothing more; the server has to be started anew."
 _IDLE_SECONDS = 5.0  # the thread ends after so long without work; the next answer starts another
@@ -129,7 +132,7 @@ class TransformersEngine:
         self._encoder = ImageEncoder(model)
         self._prefixes = PrefixCache(self.slots, memory.prefix_bytes)
         self._sampler = BatchSampler(
-            memory.slots, vocabulary=llama.vocab_size, bos_id=model.tokenizer.bos_id, device=model.device
+            memory.slots, vocabulary=model.vocabulary, bos_id=model.tokenizer.bos_id, device=model.device
         )
         self._ahead = model.device.type == "cuda"
         self._free = list(range(memory.slots))
@@ -193,6 +196,8 @@ class TransformersEngine:
             return bool(busy) and not _interpreter_ends.is_set()
 
     def _take_turn(self) -> None:
+        if self._lost:  # one answer has found it out: the others need not try
+            raise EngineStoppedError(_LOST)
         self._drop_those_over()
         self._admit()
         arrived, self._on_the_way = self._on_the_way, []
@@ -263,7 +268,7 @@ class TransformersEngine:
         images = first_pass([image for sequence in waiting if (image := sequence.image_to_encode)])
         span = Span(self._model.device)
         # The first alone, if need be: then it alone is to blame for an error, and the others have their own turns.
-        encoded = self._encoded_together(images) or self._encoder.encode(images[:1])
+        encoded = self._encoded_together(images) or self._tried_twice(partial(self._encoder.encode, images[:1]))
         span.end()
         for sequence, embeddings in zip(waiting, encoded, strict=False):
             sequence.image_embeddings, sequence.vision = embeddings, span
@@ -291,7 +296,7 @@ class TransformersEngine:
         chunk_1ND = sequence.prompt_1LD[:, -offset:][:, :length]
         self.slots.filled[slot] += length  # also if it fails midway
         last = self.slots.filled[slot] == prompt.length
-        logits_1V = self._runner.prefill(chunk_1ND, slot, start, last=last)
+        logits_1V = self._tried_twice(partial(self._runner.prefill, chunk_1ND, slot, start, last=last))
         if self.slots.filled[slot] == prefix_length(prompt):
             self._remember(prompt, slot)
         if logits_1V is None:
@@ -355,7 +360,7 @@ class TransformersEngine:
         else:
             self._lost = self._lost or lost(self._model.device)
         self._release(sequence)
-        sequence.answer.fail(error)
+        sequence.answer.fail(EngineStoppedError(_LOST) if self._lost else error)
 
     @contextmanager
     def _failing_alone(self, sequence: _Sequence) -> Iterator[None]:
@@ -375,8 +380,19 @@ class TransformersEngine:
         for answer, _ in abandoned:
             answer.fail(EngineStoppedError(_LOST))
 
+    def _tried_twice(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives; if there is no memory for it, it is tried once more without all that is remembered."""
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        self._free_cached_memory()  # only now: an exception holds its frames, and these their tensors
+        return work()
+
     def _free_cached_memory(self) -> None:
         self._prefixes.clear()
+        self._encoder.clear()
         if self._ahead:
             with suppress(RuntimeError):  # a device that is broken refuses this too, and is the next step's error
                 torch.cuda.empty_cache()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, Protocol
 
 import torch
@@ -67,9 +69,9 @@ class KeyValueSlots:
         self.filled = [0] * count
         self.positions = rounded(positions)
         shape = (count, key_heads(config), self.positions + _UNUSED, head_width(config))
-        self.keys_SHLD = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys_SHLD = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.values_SHLD = [_zeros(shape, device, dtype) for _ in range(config.num_hidden_layers)]
         self._index = lru_cache(maxsize=256)(lambda chosen: upload(torch.tensor(chosen), device))
-        self.values_SHLD = [torch.zeros_like(keys) for keys in self.keys_SHLD]
 
     def index(self, chosen: Sequence[int]) -> Tensor:
         """Slot numbers as a tensor on the device; kept, since to copy them there makes the host wait."""
@@ -102,6 +104,14 @@ class KeyValueSlots:
         for layer, (keys, values) in enumerate(copy):
             self.keys_SHLD[layer][slot, :, : copy.shape[3]] = keys
             self.values_SHLD[layer][slot, :, : copy.shape[3]] = values
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU fresh pages of the system's, which are zero and take no memory until written; torch would write them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    pages = mmap(-1, prod(shape) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def key_heads(config: LlamaConfig) -> int:

@@ -29,7 +29,6 @@ _SET_ELSEWHERE = {
     "max_model_len": "the checkpoint",
     "tokenizer": "the checkpoint",
     "trust_remote_code": "this engine",
-    "hf_overrides": "this engine",
     "generation_config": "this engine",
     "max_num_queued_reqs": "PULSE_MAX_QUEUED_REQUESTS",
     "max_num_queued_tokens": "PULSE_MAX_QUEUED_REQUESTS",
@@ -65,6 +64,7 @@ def engine_args(model: LoadedModel, given: Mapping[str, Any], *, max_answers: in
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_model_len": model.config.context_length,
         "config_format": CONFIG_FORMAT,
+        "hf_overrides": {"vocab_size": model.vocabulary},  # without a padded table's other rows
         "worker_extension_cls": WORKER_EXTENSION,
         "enable_prompt_embeds": True,
         "skip_tokenizer_init": True,

@@ -201,6 +201,7 @@ class VllmEngine:
         if not out_of_memory(error):
             self._lost = self._lost or lost(self._model.device)
             return EngineStoppedError(_STOPPED) if self._lost else error
+        self._encoder.clear()
         if self._model.device.type == "cuda":
             with suppress(RuntimeError):  # a device that is broken refuses this too
                 torch.cuda.empty_cache()

@@ -24,15 +24,18 @@ WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 _ARCHITECTURE = "PulseLanguageModel"
 # The tower, the projector and the newline embedding: they work in front of vLLM.
 _OURS = ("model.vision_tower.", "model.mm_projector.", "model.image_newline")
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class LanguageModel(LlamaForCausalLM):  # type: ignore[misc]  # vLLM is not there where types are checked
-    """vLLM's Llama; it leaves the weights of the checkpoint that are not the language model's."""
+    """vLLM's Llama; it leaves the checkpoint's weights that are not the language model's, and rows that pad tables."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """See vLLM's ``LlamaForCausalLM``."""
         loaded: set[str] = super().load_weights(
-            (name, tensor) for name, tensor in weights if not name.startswith(_OURS)
+            (name, tensor[: self.config.vocab_size] if name in _TABLES else tensor)
+            for name, tensor in weights
+            if not name.startswith(_OURS)
         )
         return loaded
 

@@ -42,8 +42,6 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     revision: str
-    added_ids: frozenset[int] = frozenset()
-    """Special tokens that ``tokenizer_config.json`` adds to the pieces of ``tokenizer.model``."""
 
     @property
     def vocabulary(self) -> int:
@@ -51,8 +49,8 @@ class LoadedModel:
 
         The official code cuts them off: ``resize_token_embeddings(len(tokenizer))``.
         """
-        ids = {self.tokenizer.size - 1, *self.added_ids, *self.config.eos_ids}
-        return min(max(ids) + 1, self.config.llama.vocab_size)
+        highest = max({self.tokenizer.highest_id, *self.config.eos_ids})
+        return min(highest + 1, self.config.llama.vocab_size)
 
     def device_memory(self) -> dict[str, float]:
         """Bytes on the model's GPU by kind; empty without one."""
@@ -103,12 +101,7 @@ def load_model(path: str | Path, settings: Settings) -> LoadedModel:
         *(config.name, len(stored), len(files), device, dtype),
         f", the decoder's linear layers as {settings.quantization}" if quantized else "",
     )
-    return LoadedModel(network, folder, tokenizer, config, device, dtype, revision, _added_ids(folder))
-
-
-def _added_ids(folder: Path) -> frozenset[int]:
-    file = folder / "tokenizer_config.json"
-    return frozenset(map(int, read_json(file).get("added_tokens_decoder", {}) if file.is_file() else ()))
+    return LoadedModel(network, folder, tokenizer, config, device, dtype, revision)
 
 
 def placement(settings: Settings) -> tuple[torch.device, torch.dtype]:

@@ -44,6 +44,7 @@ class Tokenizer:
         self.size: int = self._pieces.get_piece_size()
         controls = {i for i in range(self.size) if self._pieces.is_control(i) or self._pieces.is_unknown(i)}
         self._special = frozenset(controls) | special_ids
+        self.highest_id = max({self.size - 1, *self._special})  # special tokens may be added past the pieces
         self.longest_piece = max(len(self._pieces.id_to_piece(i)) for i in range(self.size))
 
     @classmethod

@@ -502,7 +502,7 @@ def test_logs_hold_no_content(server: OurServer, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.WARNING, "urllib3")  # the client's side
     caplog.set_level(logging.DEBUG)
     answers = [
-        server.post("/?seed=4711", json.dumps({"inputs": "Patient Jane Doe?"}).encode()).text,
+        server.post("/?seed=471147114711", json.dumps({"inputs": "Patient Jane Doe?"}).encode()).text,
         server.post("/Jane?q=Jane", b"Jane").text,
         server.post(
             "/v1/chat/completions?Jane",
@@ -520,7 +520,7 @@ def test_logs_hold_no_content(server: OurServer, caplog: pytest.LogCaptureFixtur
     server.quiet()
     generated = json.loads(str(answers[0]))[0]["generated_text"]
     assert "POST / 200" in caplog.text
-    for content in ("Jane", "jane", "JANE", "4711", generated[:20]):
+    for content in ("Jane", "jane", "JANE", "471147114711", generated[:20]):
         assert content not in caplog.text
     metrics = server.get("/metrics").text
     assert 'route="other"' in metrics

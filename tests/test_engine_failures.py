@@ -170,7 +170,7 @@ def test_every_library_has_its_own_words_for_no_memory(error: Callable[[], Excep
     assert isinstance(answered(engine, [asks(FLAT)["short"]])[0].error, OutOfMemoryError)
 
 
-@pytest.mark.parametrize("stage", ["tower", "prefill"])
+@pytest.mark.parametrize("stage", ["tower", "prefill", "decode"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_what_is_remembered_makes_room_before_an_answer_fails(stage: str, ahead: bool) -> None:
     """And what the failed try computed is gone: an exception holds its frames, and these their tensors."""
@@ -283,7 +283,8 @@ def test_a_failed_step_ends_those_at_work_and_later_ones_are_answered(
     stage: str, error: Callable[[], Exception], ahead: bool
 ) -> None:
     engine = SteppedEngine(engine_model(FLAT), slots=2, ahead=ahead)
-    engine.hook = Fault(stage, error, 3 if stage == "decode" else 5)
+    times = (3, 4) if stage == "decode" else (5,)  # for want of memory it is tried once more
+    engine.hook = Fault(stage, error, *times[: None if error is gpu_memory else 1])
     names = ("short", "sampled", "long", "image")
     found = answered(engine, [asks(FLAT)[name] for name in names])
     for failed, name in zip(found[:2], names[:2], strict=True):
@@ -301,7 +302,7 @@ def test_a_device_that_refuses_everything_leaves_no_caller_waiting(monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
     engine = SteppedEngine(engine_model(FLAT), slots=2, ahead=True)
-    engine.hook = Fault("decode", gpu_memory, 2)
+    engine.hook = Fault("decode", gpu_memory, 2, 3)
     found = answered(engine, [asks(FLAT)[name] for name in ("short", "sampled", "long")])
     assert [type(f.error) for f in found] == [OutOfMemoryError, OutOfMemoryError, type(None)]
 

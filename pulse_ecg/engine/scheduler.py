@@ -321,7 +321,7 @@ class TransformersEngine:
         able.sort(key=lambda sequence: sequence.slot)
         if not able:
             return []
-        logits_BV = self._runner.decode([sequence.slot for sequence in able])
+        logits_BV = self._tried_twice(partial(self._runner.decode, [sequence.slot for sequence in able]))
         for sequence in able:
             self.slots.filled[sequence.slot] += 1
         return [self._choose(logits_BV, able)]

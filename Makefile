@@ -22,8 +22,9 @@ train-demo: .venv/complete ## train that model anew, into build/demo-training (t
 evaluate-demo: .venv/complete ## grade it on 2,000 held-out images and a real recording, with plots in build/demo-evaluation
 	.venv/bin/python -m demo.evaluate demo/checkpoint
 
-# Most tests compute on one core; each file's stay together, since they share what they start.
-IN_TWO = -m pytest -n 2 --dist loadfile
+# Most tests compute on one core.  Each file's stay together, since they share what they start, and in the files' order: few
+# tests of a file may take as long as many.
+IN_TWO = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/complete ## the tests on the newest supported libraries
 	.venv/bin/python $(IN_TWO) -m "not parity and not load"

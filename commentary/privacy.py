@@ -42,7 +42,8 @@ _BORN = (
     r"(?:d\.?o\.?b\.?|date\s+of\s+birth|birth\s*date|birthday|born(?:\s+(?:on|in))?"
     r"|do[ğg]um\s+(?:tarihi|y[ıi]l[ıi])|d\.\s?tarihi)"
 )
-_NO = r"no(?=\s*+(?:[.:=#]|\d{3}))"  # "in this patient no 2nd degree block" has no number
+# "In this patient no 2nd degree block", "no Q in V2", "no 1-2 mm elevation" have no number.
+_NO = r"no(?=\s*+(?:[.:=#]|[\w/-]{0,40}\d{3}|\d[\d/-]{0,40}\s*(?:[.,;)\n]|\Z)))"
 _RECORD = (
     rf"(?:mrn|medical\s+record(?:\s+(?:number|{_NO}))?|accession(?:\s*(?:number|{_NO}))?"
     rf"|(?:record|patient|hospital|file|visit|case|order|study|exam|account)\s*(?:id|number|#|{_NO})|id(?=\s*[:=#])"
@@ -67,7 +68,7 @@ _MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(rf"(?i:(\b{_RECORD}\s*+\.?\s*+[:=#]{{0,2}}+\s*+(?:is\s++)?\**+\s*+))(?=[\w/-]*\d)[\w/-]+"),
         r"\1[KAYIT NO]",
     ),
-    (re.compile(r"(?<![\w.,])(?:\+\d{1,3}[ -]?)?\(?0?[2-58]\d{2}\)?[ -]?\d{3}[ -]?\d{2}[ -]?\d{2}(?!\d)"), "[TELEFON]"),
+    (re.compile(r"(?<![\w.,])(?:\+\d{1,3}[ -]?)?\(?0?[2-9]\d{2}\)?[ -]?\d{3}[ -]?\d{2}[ -]?\d{2}(?!\d)"), "[TELEFON]"),
 )
 _LAY = word_set(
     "male female man woman the a an normal abnormal sinus rhythm ecg ekg rate acute old none not unknown with and"

@@ -211,7 +211,7 @@ def _part(part: object, where: str) -> str | ImageSource:
     kind = part.get("type")
     own, others = {"text": ("text", _IMAGE_KEYS), "image_url": ("image_url", _QUESTION_KEYS)}.get(str(kind), ("", ()))
     for key in others:
-        if part.get(key) is not None:
+        if part.get(key) not in (None, "", {}):
             raise RequestError(f"{where} has the type '{kind}' and '{key}' too: send two parts, one for each.")
     if own == "text":
         if not isinstance(text := part.get("text"), str):

@@ -31,6 +31,7 @@ _MAX_ADDRESSES_TRIED = 4
 
 # At most so many look-ups at once in the process: one that the resolver blocks cannot be ended, only left behind.
 _LOOKUPS = threading.BoundedSemaphore(32)
+_LOOKUP_TURN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def _lookup(target: Target, *, allow_private: bool, deadline: Deadline) -> list[
             _LOOKUPS.release()
             done.set()
 
-    if not _LOOKUPS.acquire(timeout=deadline.remaining()):
-        raise TimeoutError
+    while not _LOOKUPS.acquire(timeout=min(_LOOKUP_TURN_S, deadline.remaining())):
+        pass
     thread = threading.Thread(target=look_up, name="pulse-ecg-lookup", daemon=True)
     try:
         _start(thread)
@@ -228,8 +229,10 @@ class Deadline:
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
         self._timer.join()
-        if self._socket is not None:
-            self._socket.close()
+        with self._lock:  # whoever says that the time is up may be about to shut it down
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
     @property
     def expired(self) -> bool:

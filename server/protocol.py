@@ -84,9 +84,9 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """The connection's end, in silence where an answer has begun; what is still to be answered on it is not."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        try:
             super().send_400_response(msg)
-        else:
+        except h11.LocalProtocolError:  # an answer has begun, or may have no body
             self.transport.close()
         if self.cycle:
             self.cycle.disconnected = True

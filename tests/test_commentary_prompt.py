@@ -51,6 +51,11 @@ from utils import DeepSeekClient
         ("Signed, DR. SMITH", "Signed, DR. [AD]"),
         ("Case no 12345, exam no. A-7", "Case no [KAYIT NO], exam no. [KAYIT NO]"),
         ("File number 9, patient #4", "File number [KAYIT NO], patient #[KAYIT NO]"),
+        ("Patient no A123456, medical record no M1234567", "Patient no [KAYIT NO], medical record no [KAYIT NO]"),
+        ("Case no AB-12345; file no 45/2023", "Case no [KAYIT NO]; file no [KAYIT NO]"),
+        ("Visit no 12-34, patient No 12", "Visit no [KAYIT NO], patient No [KAYIT NO]"),
+        ("617-555-1234, (617) 555 1234, +1 917 555 12 34", "[TELEFON], [TELEFON], [TELEFON]"),
+        ("650 555 12 34 or 9175551234", "[TELEFON] or [TELEFON]"),
         ("(0212) 555 12 34, 532 123 45 67", "[TELEFON], [TELEFON]"),
     ],
 )
@@ -72,6 +77,7 @@ def test_identifiers_are_masked(text: str, masked: str) -> None:
         "Patient: Long QT, Left axis. Doctor: Wolff-Parkinson-White, Short PR.",
         "Confirmed by: Q Waves in III. Rhythm name: atrial fibrillation.",
         "In this case no V1-V3 ST elevation, in this patient no 2nd degree block, exam no Q in V2.",
+        "In this case no 1-2 mm ST elevation, exam no 12-lead change, patient no V2, V3 Q waves.",
         "Beats at 100 120 80 90 bpm.",
     ],
 )

@@ -356,8 +356,9 @@ def test_an_answer_may_be_sent_back_as_it_came(params: GenerationParams) -> None
 
 
 def test_what_a_part_says_of_nothing_is_allowed(params: GenerationParams) -> None:
-    parts = (said("one") | {"image_url": None, "cache_control": {"type": "ephemeral"}}, shown(URL) | {"text": None})
-    assert parse_input({"messages": [user(*parts)]}, params).image == UrlImage(URL)
+    for nothing in (None, ""):
+        parts = (said("one") | {"image_url": nothing, "cache_control": {}}, shown(URL) | {"text": nothing})
+        assert parse_input({"messages": [user(*parts)]}, params).image == UrlImage(URL)
 
 
 def test_what_the_caller_sent_is_not_in_repr(params: GenerationParams) -> None:

@@ -218,6 +218,17 @@ def test_a_malformed_chunk_after_the_answer_ends_the_connection_in_silence(
     assert [record.message for record in caplog.records if record.levelno > logging.WARNING] == []
 
 
+def test_a_malformed_chunk_of_a_request_whose_answer_has_no_body(
+    server: OurServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server.connect() as sock:
+        sock.sendall(chunked("/").replace(b"POST", b"HEAD", 1) + b"zz\r\n")
+        reply = received(sock, quiet=PATIENCE)
+    assert (status(reply), reply.count(b"HTTP/1.1")) == (400, 1)
+    server.quiet()
+    assert [record.message for record in caplog.records if record.levelno > logging.WARNING] == []
+
+
 def test_compressed_bodies_are_refused(server: OurServer) -> None:
     response = server.post("/", gzip.compress(BODY), headers={**JSON, "Content-Encoding": "gzip"})
     assert (response.status_code, "Content-Encoding" in response.text) == (400, True)

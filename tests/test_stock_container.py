@@ -14,7 +14,6 @@ from typing import Any
 import anyio
 import pytest
 
-from pulse_ecg import stock_container
 from pulse_ecg.stock_container import admit_requests
 from tests.test_handler import PLAIN
 
@@ -156,19 +155,25 @@ def test_a_container_whose_device_is_lost_ends_once_its_last_answers_are_sent(
     """Its health check would go on saying that all is well; a server of ours says itself that it is not."""
     from handler import EndpointHandler
 
-    ended = threading.Event()
-    monkeypatch.setattr(stock_container, "_LAST_ANSWERS_S", 0.2)
-    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    started, exits = list[threading.Timer](), list[int]()
+
+    def note(timer: threading.Timer) -> None:
+        started.append(timer)
+
+    monkeypatch.setattr(threading.Timer, "start", note)
+    monkeypatch.setattr(os, "_exit", exits.append)
     if stock:
         monkeypatch.setitem(sys.modules, NAME, toolkit())
     monkeypatch.setenv("PULSE_DEVICE", "cpu")
     handler = EndpointHandler(str(demo_checkpoint))
     asked = {"inputs": "Rate?", "parameters": PLAIN}
     assert "error" not in handler(asked)[0]
-    assert not ended.wait(0.4)
+    assert not started
     monkeypatch.setattr(handler._analyzer._generator.engine, "_lost", True)
     for _ in range(2):
         assert handler(asked)[0]["success"] is False
-        assert not ended.is_set()
-    assert ended.wait(PATIENCE if stock else 0.4) == stock
-    assert caplog.text.count("the process ends") == stock
+    assert len(started) == caplog.text.count("the process ends") == stock
+    for timer in started:
+        assert timer.daemon and 0 < timer.interval <= 5
+        timer.function(*timer.args, **timer.kwargs)
+    assert exits == [1] * stock

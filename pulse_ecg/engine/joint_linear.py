@@ -13,7 +13,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class JointProduct(ABC):
-    """The product with all of the layers' weights; it is kept until its last part is taken."""
+    """The product with all of the layers' weights; it is kept until its last part is taken.  For one thread."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         """``sizes``: the layers' widths, in the order of their weights."""
@@ -28,6 +28,7 @@ class JointProduct(ABC):
     def part(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index`` makes of ``x``."""
         if self.x is not x:
+            self.x, self.parts = None, ()  # what a pass that failed has left makes room first
             self.x, self.parts = x, torch.split(self.product(x), self.sizes, dim=-1)
         part = self.parts[index]
         if index == len(self.sizes) - 1:
